@@ -1,0 +1,351 @@
+"""The recipe: one typed, validated description of a run, from YAML and ``key=value`` overrides.
+
+Nothing heavy is imported and no device is probed here, so that a mistake in a recipe costs a second.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from diffdfkd.engine.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
+
+Sampler = Literal["ddim", "ddpm", "euler", "dpmsolver++", "lcm"]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class PriorRecipe(Section):
+    path: str
+    """Folder in diffusers' Stable Diffusion format, or a hub id."""
+    revision: str | None = None
+    """Commit of the hub repository; required for a hub id, so that a run can be repeated."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of UNet and VAE; the sampler's own arithmetic is float32."""
+
+
+class ClassifierRecipe(Section):
+    architecture: str
+    """Built in (``small_cnn``, ...), ``torchvision:<name>``, ``timm:<name>`` or ``package.module:factory``."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the architecture, such as ``width``."""
+    weights: str | None = None
+    """State dict, ``.safetensors`` preferred; a pickle is read with ``weights_only=True``."""
+
+
+class TeacherRecipe(ClassifierRecipe):
+    classes: list[str]
+    """Class names in the order of the teacher's outputs."""
+    channels: Literal[1, 3] = 3
+    """Colour channels of the teacher's input."""
+    size: Annotated[int, Field(ge=8)] = 32
+    """Height and width of the teacher's input in pixels."""
+    mean: list[float] = [0.5]
+    """Per channel, of images in [0, 1]; one number serves all channels."""
+    std: list[Positive] = [0.5]
+    """Per channel, of images in [0, 1]; one number serves all channels."""
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    """Resize from the prior's image to the teacher's input, antialiased except ``nearest``."""
+
+
+class SynthesisRecipe(Section):
+    images_per_class: Count = 200
+    """Images per class over all rounds."""
+    batch_size: Count = 100
+    """Images denoised together; classes are mixed within a batch."""
+    batches_per_shard: Count = 1
+    sampler: Sampler = "ddim"
+    steps: Count = 12
+    """Denoising steps."""
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    """Classifier-free guidance; 1 turns it off and halves the cost of the UNet."""
+    prompt: str = "an image of a {}"
+    """Template; ``{}`` is the class's word. Without ``{}`` the class enters through guidance alone."""
+    words: list[str] | None = None
+    """Word of each class in the prompt; the class names by default."""
+    size: Annotated[int, Field(ge=8)] | None = None
+    """Saved height and width in pixels; the teacher's input by default."""
+    format: Literal["png", "webp"] = "png"
+    """Image files inside the shards; both lossless."""
+
+
+class GuidanceRecipe(Section):
+    mode: Literal["none", "clean", "reuse", "exact"] = "clean"
+    """Where the gradient is taken: docs/method.md."""
+    class_weight: Weight = 1.0
+    batchnorm_weight: Weight = 0.1
+    adversarial_weight: Weight = 0.0
+    """Weight of the disagreement between teacher and student; acts from the second round on."""
+    rho: Weight = 0.15
+    """Size of the guidance step, in the unit of ``rho_rule``."""
+    rho_rule: Literal["raw", "unit", "cfg"] = "unit"
+    window: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """First and last guided part of the trajectory, as fractions of its steps; 0 is pure noise."""
+    every: Count = 1
+    """Guide each n-th step of the window."""
+
+    @field_validator("window")
+    @classmethod
+    def _ordered(cls, window: tuple[float, float]) -> tuple[float, float]:
+        if window[0] >= window[1]:
+            raise ValueError("the start must lie before the end, as in [0.0, 0.8]")
+        return window
+
+
+class CutMixRecipe(Section):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Mix after each n-th step; 0 turns CutMix off. The method's paper: steps // 5."""
+    alpha: Positive = 1.0
+    """Of Beta(alpha, alpha), whose draw is the share of the owner's area."""
+    partner: Literal["within", "across", "any"] = "within"
+    """Partner of the same class (keeps the label), of another class (area-weighted soft label), or either."""
+    probability: Fraction = 0.5
+    """Share of the samples that are mixed each time."""
+
+
+class DistillationRecipe(Section):
+    steps: Count = 1500
+    """Optimizer steps over all rounds."""
+    batch_size: Count = 128
+    """Global batch, over all processes."""
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: Positive = 2e-3
+    momentum: Fraction = 0.9
+    """Of SGD."""
+    weight_decay: Weight = 5e-4
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    milestones: list[Fraction] = [0.6, 0.75, 0.9]
+    """Of ``schedule: step``: fractions of ``steps`` after which the rate is divided by ten."""
+    temperature: Positive = 4.0
+    """tau of tau^2 KL(teacher || student)."""
+    augmentation: list[Literal["flip", "crop", "affine", "erase", "cutmix", "mixup"]] = ["flip", "crop"]
+    """Applied to each batch before teacher and student see it, in this order."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs under DeepSpeed's torch_autocast."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    deepspeed: dict[str, Any] = {}
+    """Any further DeepSpeed configuration, merged over ours."""
+    checkpoint_every: Count = 250
+    """Steps between checkpoints."""
+    holdout: Annotated[int, Field(ge=0)] = 0
+    """Synthetic images held back from training to report agreement with the teacher on."""
+
+
+class EvaluationRecipe(Section):
+    images: str | None = None
+    """Real test images: a folder with one sub-folder a class, or an IDX file; none skips the evaluation."""
+    labels: str | None = None
+    """IDX labels file that belongs to an IDX images file."""
+    batch_size: Count = 500
+
+
+class Recipe(Section):
+    prior: PriorRecipe
+    teacher: TeacherRecipe
+    student: ClassifierRecipe
+    synthesis: SynthesisRecipe = SynthesisRecipe()
+    guidance: GuidanceRecipe = GuidanceRecipe()
+    cutmix: CutMixRecipe = CutMixRecipe()
+    rounds: Count = 1
+    """Rounds of synthesis and distillation; from the second on, guidance knows the student."""
+    distillation: DistillationRecipe = DistillationRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    output: str = "runs/run"
+    """Folder of the run."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads; all cores by default. Frozen into the run, since results depend on it in the last bit."""
+
+    @field_validator("prior", mode="before")
+    @classmethod
+    def _prior_from_path(cls, prior: Any) -> Any:
+        return {"path": prior} if isinstance(prior, str) else prior
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Recipe":
+        for field, problem in _impossible(self):
+            raise UserError(f"{field}: {problem}")
+        return self
+
+
+def _impossible(recipe: Recipe) -> Iterable[tuple[str, str]]:
+    """Combinations that no field can refuse alone, as (field, what is wrong and the cure)."""
+    teacher, synthesis, guidance, cutmix = recipe.teacher, recipe.synthesis, recipe.guidance, recipe.cutmix
+    if len(teacher.classes) < 2:
+        yield "teacher.classes", f"got {len(teacher.classes)} class name(s); a classifier has two or more"
+    if len(set(teacher.classes)) < len(teacher.classes):
+        yield "teacher.classes", "two classes have the same name; make them distinct"
+    for name in ("mean", "std"):
+        values = getattr(teacher, name)
+        if len(values) not in (1, teacher.channels):
+            yield f"teacher.{name}", f"got {len(values)} numbers for {teacher.channels} channel(s); give 1 or one each"
+        if any(not math.isfinite(value) for value in values):
+            yield f"teacher.{name}", f"got {values}; finite numbers only"
+    if synthesis.words is not None and len(synthesis.words) != len(teacher.classes):
+        yield "synthesis.words", f"got {len(synthesis.words)} words for {len(teacher.classes)} classes; give one each"
+    if guidance.mode != "none":
+        if guidance.rho_rule == "cfg" and synthesis.guidance_scale == 1:
+            yield (
+                "guidance.rho_rule",
+                "cfg needs classifier-free guidance, but synthesis.guidance_scale is 1; take unit or raw, "
+                "or another scale",
+            )
+        if guidance.class_weight == guidance.batchnorm_weight == guidance.adversarial_weight == 0:
+            yield "guidance", "all weights are 0; set one above 0, or guidance.mode=none"
+        if guidance.adversarial_weight > 0 and recipe.rounds == 1:
+            yield (
+                "guidance.adversarial_weight",
+                f"got {guidance.adversarial_weight}, but with rounds=1 no student exists during synthesis; "
+                "set rounds to 2 or more, or the weight to 0",
+            )
+    if cutmix.every and synthesis.batch_size < 2:
+        yield "cutmix.every", "CutMix needs a partner, but synthesis.batch_size is 1; raise it, or set cutmix.every=0"
+    if cutmix.every > synthesis.steps:
+        yield "cutmix.every", f"got {cutmix.every}, more than synthesis.steps={synthesis.steps}: it would never mix"
+    images = synthesis.images_per_class * len(teacher.classes)
+    if recipe.rounds > images:
+        yield "rounds", f"got {recipe.rounds} for {images} images; at most one round per image"
+    if recipe.rounds > recipe.distillation.steps:
+        yield "rounds", f"got {recipe.rounds} for {recipe.distillation.steps} distillation steps; at most one per step"
+    if recipe.distillation.holdout >= images:
+        yield "distillation.holdout", f"got {recipe.distillation.holdout} of {images} images; leave some to train on"
+    if recipe.evaluation.labels and not recipe.evaluation.images:
+        yield "evaluation.labels", "given without evaluation.images; give both, or a folder with one sub-folder a class"
+
+
+PATHS = ("prior.path", "teacher.weights", "student.weights", "evaluation.images", "evaluation.labels")
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Recipe from a packaged name (``fashion``), a YAML file or a mapping, with ``key.path=value`` overrides.
+
+    Paths in a YAML file that begin with ``./`` or ``../`` are relative to that file, all others to the working
+    folder. Override values are YAML, so ``guidance.window=[0,0.8]`` and ``teacher.weights=null`` work.
+    Raises UserError with the field's path, what was given and what is allowed.
+    """
+    if isinstance(source, Mapping):
+        content = json.loads(json.dumps(dict(source)))
+    else:
+        path = find_recipe(source)
+        content = _read_yaml(path)
+        _resolve_paths(content, path.parent)
+    for override in overrides:
+        _override(content, override)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def find_recipe(source: str | Path) -> Path:
+    """File of a packaged recipe's name or of a path; raises UserError with the nearest names."""
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"{path}: no such recipe file")
+        return path
+    packaged = CONFIGS / f"{source}.yaml"
+    if packaged.is_file() and packaged.parent == CONFIGS:
+        return packaged
+    names = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+    near = difflib.get_close_matches(str(source), names, n=3, cutoff=0.4) or names
+    raise UserError(f"{source}: no recipe of this name; there are {', '.join(near)}, or give a .yaml file")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a recipe is a mapping of fields, this is {type(content).__name__}")
+    return content
+
+
+def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
+    if isinstance(content.get("prior"), str):
+        content["prior"] = {"path": content["prior"]}
+    for dotted in PATHS:
+        section, _, key = dotted.partition(".")
+        value = content.get(section, {}).get(key) if isinstance(content.get(section), dict) else None
+        if isinstance(value, str) and value.startswith(("./", "../")):
+            content[section][key] = str((folder / value).resolve())
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override}: an override is key=value, such as synthesis.steps=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as a string: a number was meant.
+        try:
+            value = float(value)
+        except ValueError:
+            value = text
+    *sections, last = key.split(".")
+    node = content
+    for depth, section in enumerate(sections):
+        child = node.setdefault(section, {})
+        if section == "prior" and isinstance(child, str):
+            child = node[section] = {"path": child}
+        if not isinstance(child, dict):
+            raise UserError(f"{override}: {'.'.join(sections[: depth + 1])} is a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """Names allowed at the last element of the location, for the nearest-name hint."""
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem in one line: field path, what was given, what is allowed."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    given = json.dumps(first["input"], default=str)
+    given = given if len(given) < 80 else given[:77] + "..."
+    if first["type"] == "extra_forbidden":
+        allowed = _fields(Recipe, first["loc"])
+        near = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {near[0]}? allowed" if near else "allowed"
+        return f"{field}: unknown field; {hint}: {', '.join(allowed)}"
+    if first["type"] == "missing":
+        return f"{field}: missing; add it to the recipe or give {field}=..."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{field}: got {given}; {message[0].lower()}{message[1:]}"
+
+
+def samplers() -> tuple[str, ...]:
+    """Names of the samplers that a recipe may ask for."""
+    return get_args(Sampler)
+
+
+def dump_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain YAML- and JSON-ready data, every default spelled out."""
+    return recipe.model_dump(mode="json")

@@ -1,0 +1,62 @@
+"""Packaging: the top-level folders are imported as ``diffdfkd.engine``, ``diffdfkd.kernels`` and so on.
+
+There is no ``__init__.py`` anywhere (PEP 420): a top-level import name ``kernels`` would shadow the
+package of that name that transformers and diffusers look for.
+"""
+
+from setuptools import setup
+
+LINUX = "; sys_platform == 'linux'"
+
+setup(
+    name="diffdfkd",
+    version="0.1.0",
+    description="Data-free knowledge distillation with diffusion models",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    package_dir={"diffdfkd": "."},
+    packages=[
+        "diffdfkd.engine",
+        "diffdfkd.kernels",
+        "diffdfkd.recipes",
+        "diffdfkd.benchmarks",
+    ],
+    package_data={
+        "diffdfkd.recipes": ["configs/*.yaml", "assets/**/*", "assets/**/**/*"],
+        "diffdfkd.benchmarks": ["results/*.csv"],
+    },
+    install_requires=[
+        "torch>=2.14,<2.15",
+        "torchvision>=0.29,<0.30",
+        "triton>=3.8,<3.9" + LINUX,
+        "diffusers>=0.42,<0.43",
+        "transformers>=5.23,<5.24",
+        "accelerate>=1.15,<2",
+        "deepspeed>=0.19.8,<0.20" + LINUX,
+        "onnx>=1.23,<2",
+        "safetensors>=0.8,<1",
+        "numpy>=2.0,<3",
+        "pillow>=11,<14",
+        "pydantic>=2.11,<3",
+        "pyyaml>=6.0,<7",
+        "typer>=0.20,<1",
+        "tqdm>=4.67,<5",
+        "webdataset>=1.0,<2",
+        "tensorboard>=2.20,<3",
+        "matplotlib>=3.10,<4",
+    ],
+    extras_require={
+        "test": ["pytest>=9,<10", "ruff>=0.14,<1", "mypy>=1.18,<3", "types-PyYAML", "types-tqdm"],
+        "assets": ["resvg-py>=0.5,<1"],
+        "tensorrt": ["tensorrt>=10.13"],
+        "tensorrt-rtx": ["tensorrt-rtx>=1.7,<2"],
+        "onnxruntime": ["onnxruntime>=1.23,<2", "onnxscript>=0.5"],
+        "onnxruntime-gpu": ["onnxruntime-gpu>=1.23,<2", "onnxscript>=0.5"],
+        "openvino": ["openvino>=2025.3", "onnxscript>=0.5"],
+        "xformers": ["xformers>=0.0.35"],
+        "timm": ["timm>=1.0,<2"],
+    },
+    entry_points={"console_scripts": ["diffdfkd=diffdfkd.recipes.cli:main"]},
+)
