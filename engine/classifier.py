@@ -1,0 +1,303 @@
+"""Teachers and students: any classifier with the preprocessing of the teacher's domain, and its weights on disk."""
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import pickle
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffdfkd.engine.architectures import ARCHITECTURES
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe import ClassifierRecipe, TeacherRecipe
+from diffdfkd.engine.shards import write_atomic
+
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in grey: ITU-R BT.601, as in PIL and torchvision."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From images [B,c,H,W] in [0, 1] to a classifier's input [B,channels,size,size]; differentiable."""
+
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+    def __call__(self, images: Tensor) -> Tensor:
+        images = self.fit(images)
+        # Plain numbers and no tensor made from them: nothing is copied to the device, and the graph stays flat.
+        if len(self.mean) == len(self.std) == 1:
+            return (images - self.mean[0]) / self.std[0]
+        means = self.mean if len(self.mean) > 1 else self.mean * self.channels
+        stds = self.std if len(self.std) > 1 else self.std * self.channels
+        planes = zip(images.split(1, dim=1), means, stds, strict=True)
+        return torch.cat([(plane - mean) / std for plane, mean, std in planes], dim=1)
+
+    def fit(self, images: Tensor) -> Tensor:
+        """Channels and size only, still in [0, 1] (bicubic may overshoot): resized as torchvision does."""
+        images = convert_channels(images, self.channels)
+        if images.shape[-2:] == (self.size, self.size):
+            return images
+        if self.interpolation == "nearest":
+            return functional.interpolate(images, size=(self.size, self.size), mode="nearest")
+        return functional.interpolate(
+            images, size=(self.size, self.size), mode=self.interpolation, align_corners=False, antialias=True
+        )
+
+
+def convert_channels(images: Tensor, channels: int) -> Tensor:
+    """Float images [B,c,H,W] with 1 or 3 channels: grey is replicated, colour becomes luma."""
+    if images.shape[1] == channels:
+        return images
+    if images.shape[1] == 1:
+        return images.expand(-1, channels, -1, -1)
+    red, green, blue = images.split(1, dim=1)
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+
+
+class Classifier(nn.Module):
+    """A network with its preprocessing and class names; images [B,c,H,W] in [0, 1] to logits [B,K]."""
+
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing, classes: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.preprocessing = preprocessing
+        self.classes = list(classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(self.preprocessing(images))
+
+
+def build_classifier(
+    recipe: ClassifierRecipe,
+    teacher: TeacherRecipe,
+    *,
+    field: Literal["teacher", "student"],
+    seed: int | None = None,
+) -> Classifier:
+    """The recipe's teacher (weights required, frozen, eval mode) or student (trainable, train mode) on the CPU.
+
+    The student has the teacher's classes and preprocessing; its initial weights depend on `seed` alone, or are
+    those of `recipe.weights`. The global random state is left as it was.
+    """
+    if field == "teacher" and recipe.weights is None:
+        raise UserError("teacher.weights: missing; name the file with the trained teacher's state dict")
+    preprocessing = Preprocessing(
+        teacher.channels, teacher.size, tuple(teacher.mean), tuple(teacher.std), teacher.interpolation
+    )
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+        model = build_model(recipe.architecture, recipe.options, teacher.channels, len(teacher.classes), field=field)
+        if recipe.weights is not None:
+            load_weights(model, recipe.weights, field=field)
+        check_model(model, teacher.channels, teacher.size, len(teacher.classes), field=field)
+    classifier = Classifier(model, preprocessing, teacher.classes)
+    if field == "teacher":
+        return classifier.requires_grad_(False).eval()
+    return classifier.requires_grad_(True).train()
+
+
+def build_model(architecture: str, options: dict[str, Any], channels: int, classes: int, *, field: str) -> nn.Module:
+    """Network of an architecture's name: built in, ``torchvision:``, ``timm:`` or ``package.module:factory``.
+
+    A factory is called with the options, and with `channels` and `classes` where it takes arguments of these names.
+    """
+    where = f"{field}.architecture"
+    source, colon, name = architecture.partition(":")
+    if not colon:
+        factory = ARCHITECTURES.get(architecture)
+        if factory is None:
+            known = ", ".join(sorted(ARCHITECTURES))
+            raise UserError(
+                f"{where}: no architecture {architecture}{_near(architecture, list(ARCHITECTURES))}; built in are "
+                f"{known}; or give torchvision:<name>, timm:<name> or package.module:factory"
+            )
+        return _call(factory, {"channels": channels, "classes": classes}, options, field)
+    if source == "torchvision":
+        from torchvision import models
+
+        if name not in (names := models.list_models(module=models)):
+            raise UserError(f"{where}: torchvision has no classifier {name}{_near(name, names)}")
+        return _call(models.get_model_builder(name), {"weights": None, "num_classes": classes}, options, field)
+    if source == "timm":
+        try:
+            timm: Any = importlib.import_module("timm")
+        except ImportError:
+            raise UserError(f"{where}: {architecture} needs timm; pip install 'diffdfkd[timm]'") from None
+        if name not in (names := timm.list_models()):
+            raise UserError(f"{where}: timm has no model {name}{_near(name, names)}")
+        given = {"pretrained": False, "num_classes": classes, "in_chans": channels}
+        return _call(lambda **settings: timm.create_model(name, **settings), given, options, field)
+    return _call(_import_factory(source, name, where), {"channels": channels, "classes": classes}, options, field)
+
+
+def _near(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f" (did you mean {', '.join(near)}?)" if near else ""
+
+
+def _import_factory(module: str, name: str, where: str) -> Callable[..., Any]:
+    """Function of an importable module; the working folder counts as importable, as with ``python -m``."""
+    folder = str(Path.cwd())
+    added = folder not in sys.path
+    if added:
+        sys.path.insert(0, folder)
+    try:
+        factory = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise UserError(f"{where}: cannot import {module} ({error}); install it, or run where it lies") from None
+    finally:
+        if added:
+            sys.path.remove(folder)
+    if not callable(factory):
+        raise UserError(f"{where}: {module} has no function {name}")
+    return factory
+
+
+def _call(factory: Callable[..., Any], given: dict[str, Any], options: dict[str, Any], field: str) -> nn.Module:
+    """What the factory makes of the options and of those of our arguments that it takes."""
+    parameters = inspect.signature(factory).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        given = {name: value for name, value in given.items() if name in parameters}
+        for name in options:
+            if name not in parameters or name in given:
+                allowed = ", ".join(known for known in parameters if known not in given) or "none"
+                raise UserError(f"{field}.options.{name}: unknown option; allowed: {allowed}")
+    try:
+        model = factory(**{**given, **options})
+    except UserError as error:
+        raise UserError(f"{field}.{error}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{field}.options: the architecture refuses {options}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{field}.architecture: the factory returned {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def check_model(model: nn.Module, channels: int, size: int, classes: int, *, field: str) -> None:
+    """One forward of two black images; raises UserError unless the result is logits [2,classes]."""
+    first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
+    if first is not None and first.in_channels != channels:
+        raise UserError(
+            f"{field}.architecture: takes {first.in_channels} channel(s), but teacher.channels is {channels}; "
+            f"set teacher.channels={first.in_channels} (grey images are replicated, colour becomes luma)"
+        )
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(2, channels, size, size))
+    except RuntimeError as error:
+        problem = str(error).splitlines()[0]
+        raise UserError(f"{field}.architecture: fails on a {channels}x{size}x{size} image: {problem}") from error
+    finally:
+        model.train(training)
+    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(
+            f"{field}.architecture: gives {found} for 2 images, but teacher.classes names {classes} classes; "
+            f"logits [2, {classes}] are wanted"
+        )
+
+
+def load_weights(model: nn.Module, path: str | Path, *, field: str) -> None:
+    """Load a state dict that fits the model exactly; a pickle is read as plain tensors or not at all.
+
+    Raises UserError that names the file and the first three missing, unknown or mis-shaped keys.
+    """
+    where = f"{field}.weights"
+    state = _read_state(Path(path), where)
+    expected = model.state_dict()
+    shapes = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    head = next((name for name, layer in reversed(list(model.named_modules())) if isinstance(layer, nn.Linear)), None)
+    if shapes and all(key in (f"{head}.weight", f"{head}.bias") for key in shapes):
+        raise UserError(
+            f"{where}: {path} has {len(state[shapes[0]])} classes ({shapes[0]}), the {field} has "
+            f"{len(expected[shapes[0]])}; teacher.classes must name the classes of the weights, in order"
+        )
+    problems = {
+        "missing": [key for key in expected if key not in state],
+        "unknown": [key for key in state if key not in expected],
+        "mis-shaped": [f"{key} {list(state[key].shape)} for {list(expected[key].shape)}" for key in shapes],
+    }
+    found = [
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in problems.items()
+        if keys
+    ]
+    if found:
+        raise UserError(
+            f"{where}: {path} does not fit the architecture: {'; '.join(found)}; "
+            f"check {field}.architecture and {field}.options"
+        )
+    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise UserError(f"{where}: {path} holds numbers that are not finite ({', '.join(broken[:3])})")
+    model.load_state_dict(state)
+
+
+def _read_state(path: Path, where: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{where}: {path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{where}: {path} is not a safetensors file, or is truncated: {error}") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{where}: {path} is not a plain state dict, and is not executed: {str(error).splitlines()[0][:120]}; "
+            "save it with safetensors, or torch.save(model.state_dict(), file)"
+        ) from None
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        held = (
+            f"a dict with {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
+        )
+        raise UserError(f"{where}: {path} is not a plain state dict but {held}; save the state dict alone")
+    return state
+
+
+def save_classifier(classifier: Classifier, path: str | Path, metadata: dict[str, str]) -> None:
+    """Write the network's state dict as safetensors; equal weights and metadata give equal bytes."""
+    state = {key: value.detach().cpu().contiguous() for key, value in classifier.model.state_dict().items()}
+    content = safetensors.torch.save(state)
+    # safetensors writes its own metadata in hash order: we put ours into the header, sorted.
+    length = int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8 : 8 + length])}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (math.ceil(len(text) / 8) * 8 - len(text))
+    write_atomic(Path(path), len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 in hexadecimal of a file, or of a folder's sorted relative names and file digests."""
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    total = hashlib.sha256()
+    for name in sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()):
+        total.update(f"{name}\0{digest(path / name)}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,235 @@
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from diffdfkd.engine.architectures import small_cnn
+from diffdfkd.engine.classifier import (
+    Classifier,
+    Preprocessing,
+    build_classifier,
+    digest,
+    load_weights,
+    save_classifier,
+)
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe import ClassifierRecipe, TeacherRecipe
+
+SMALL = {"width": 2, "blocks": [0, 0, 0]}
+
+
+def preprocessing(channels: int = 1, size: int = 28, interpolation: str = "bilinear") -> Preprocessing:
+    return Preprocessing(channels, size, (0.0,), (1.0,), interpolation)
+
+
+def teacher_recipe(**changes: Any) -> TeacherRecipe:
+    fields = {"architecture": "small_cnn", "options": SMALL, "classes": ["a", "b", "c"], "channels": 1, "size": 16}
+    return TeacherRecipe.model_validate({**fields, **changes})
+
+
+def student(architecture: str = "small_cnn", seed: int | None = 0, teacher: Any = {}, **fields: Any) -> Classifier:  # noqa: B006
+    recipe = ClassifierRecipe(architecture=architecture, **fields)
+    return build_classifier(recipe, teacher_recipe(**teacher), field="student", seed=seed)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+@pytest.mark.parametrize(("before", "after"), [(32, 28), (64, 28), (20, 33)])
+def test_resize_is_torchvisions(interpolation: str, before: int, after: int) -> None:
+    images = torch.rand(2, 3, before, before, generator=torch.Generator().manual_seed(0))
+    wanted = transforms.resize(images, [after, after], InterpolationMode(interpolation), antialias=True)
+    torch.testing.assert_close(preprocessing(3, after, interpolation)(images), wanted, rtol=0, atol=1e-6)
+
+
+def test_channels_are_converted_as_torchvision_does() -> None:
+    colour = torch.rand(2, 3, 28, 28)
+    torch.testing.assert_close(preprocessing(1)(colour), transforms.rgb_to_grayscale(colour), rtol=0, atol=2e-4)
+    grey = torch.rand(2, 1, 28, 28)
+    assert torch.equal(preprocessing(3)(grey), transforms.grayscale_to_rgb(grey))
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)), ((0.1,), (0.5, 0.6, 0.7)), ((0.1,), (0.5,))]
+)
+def test_normalisation_is_torchvisions(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    images = torch.rand(2, 3, 8, 8)
+    wanted = transforms.normalize(images, list(mean) * (3 // len(mean)), list(std) * (3 // len(std)))
+    torch.testing.assert_close(Preprocessing(3, 8, mean, std, "bilinear")(images), wanted)
+
+
+def test_an_image_of_the_right_size_passes_unchanged() -> None:
+    images = torch.rand(2, 1, 28, 28)
+    assert preprocessing().fit(images) is images
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_gradient_reaches_every_pixel(channels: int) -> None:
+    network = student(options={"width": 4}, teacher={"size": 14, "mean": [0.3], "std": [0.2]}).eval()
+    images = torch.rand(2, channels, 32, 32, dtype=torch.float64, requires_grad=True)
+    network.double()
+    assert torch.autograd.gradcheck(lambda some: network(some[:, :, 8:24, 8:24]), images[:1], fast_mode=True)
+    (gradient,) = torch.autograd.grad(network(images).square().sum(), images)
+    assert (gradient != 0).float().mean() > 0.95
+
+
+def test_a_student_depends_on_its_seed_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first, again, other = student(options=SMALL), student(options=SMALL), student(options=SMALL, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(first.model.head.weight, again.model.head.weight)
+    assert not torch.equal(first.model.head.weight, other.model.head.weight)
+    assert first.training and all(parameter.requires_grad for parameter in first.parameters())
+    assert first.classes == ["a", "b", "c"] and first(torch.rand(2, 3, 20, 20)).shape == (2, 3)
+
+
+def test_a_teacher_is_frozen_and_needs_weights(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"teacher.weights: missing"):
+        build_classifier(teacher_recipe(), teacher_recipe(), field="teacher")
+    path = tmp_path / "teacher.safetensors"
+    save_classifier(student(options=SMALL), path, {})
+    recipe = teacher_recipe(weights=str(path))
+    teacher = build_classifier(recipe, recipe, field="teacher")
+    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert torch.equal(teacher.model.head.weight, student(options=SMALL).model.head.weight)
+
+
+def test_saved_weights_are_byte_stable_and_keep_their_metadata(tmp_path: Path) -> None:
+    network = student(options=SMALL)
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    save_classifier(network, paths[0], {"licence": "MIT", "architecture": "small_cnn", "data": "Größe"})
+    save_classifier(network, paths[1], {"data": "Größe", "architecture": "small_cnn", "licence": "MIT"})
+    assert paths[0].read_bytes() == paths[1].read_bytes() and digest(paths[0]) == digest(paths[1])
+    with safetensors.safe_open(paths[0], "pt") as file:
+        assert file.metadata() == {"licence": "MIT", "architecture": "small_cnn", "data": "Größe"}
+    loaded = safetensors.torch.load_file(paths[0])
+    assert loaded.keys() == network.model.state_dict().keys()
+    assert all(torch.equal(loaded[key], value) for key, value in network.model.state_dict().items())
+
+
+def test_torchvision_and_own_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    three = {"channels": 3, "size": 32}
+    assert student("torchvision:resnet18", teacher=three)(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+    with pytest.raises(UserError, match=r"student.architecture: takes 3 channel\(s\), but teacher.channels is 1"):
+        student("torchvision:resnet18")
+    with pytest.raises(UserError, match=r"torchvision has no classifier resnet19 \(did you mean resnet1"):
+        student("torchvision:resnet19")
+    (tmp_path / "own_networks.py").write_text(
+        "from torch import nn\n"
+        "def plain(classes, size=16): return nn.Sequential(nn.Flatten(), nn.Linear(size * size, classes))\n"
+        "def wrong(): return nn.Sequential(nn.Flatten(), nn.Linear(256, 7))\n"
+        "def nothing(): return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert student("own_networks:plain")(torch.rand(2, 1, 16, 16)).shape == (2, 3)
+    with pytest.raises(UserError, match=r"fails on a 1x16x16 image: mat1 and mat2"):
+        student("own_networks:plain", options={"size": 4})
+    with pytest.raises(UserError, match=r"student.options.width: unknown option; allowed: size"):
+        student("own_networks:plain", options={"width": 4})
+    with pytest.raises(UserError, match=r"gives \[2, 7\] for 2 images, but teacher.classes names 3"):
+        student("own_networks:wrong")
+    with pytest.raises(UserError, match="returned int, not a torch"):
+        student("own_networks:nothing")
+    with pytest.raises(UserError, match="own_networks has no function absent"):
+        student("own_networks:absent")
+    with pytest.raises(UserError, match="cannot import no_such_module"):
+        student("no_such_module:network")
+
+
+def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(UserError, match=r"timm:resnet18 needs timm; pip install 'diffdfkd\[timm\]'"):
+        student("timm:resnet18")
+
+
+def test_unknown_architectures_and_options_get_the_nearest_names() -> None:
+    with pytest.raises(UserError, match=r"student.architecture: no architecture smal_cnn \(did you mean small_cnn\?\)"):
+        student("smal_cnn")
+    with pytest.raises(UserError, match=r"student.options.widht: unknown option; allowed: width, blocks"):
+        student(options={"widht": 3})
+    with pytest.raises(UserError, match=r"student.options.width: got 0"):
+        student(options={"width": 0})
+
+
+def test_weights_that_do_not_fit_are_explained(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_classifier(student(options=SMALL), path, {})
+    with pytest.raises(UserError, match=rf"{path} has 3 classes \(head.weight\), the teacher has 4; teacher.classes"):
+        load_weights(small_cnn(1, 4, **SMALL), path, field="teacher")
+    with pytest.raises(
+        UserError, match=r"mis-shaped \(features.0.0.weight \[2, 1, 3, 3\] for \[5, 1, 3, 3\], .*, \.\.\."
+    ):
+        load_weights(small_cnn(1, 3, 5, [0, 0, 0]), path, field="teacher")
+    state = safetensors.torch.load_file(path)
+    state["stranger"] = state.pop("head.bias")
+    safetensors.torch.save_file(state, path)
+    with pytest.raises(UserError, match=r"1 missing \(head.bias\); 1 unknown \(stranger\)"):
+        load_weights(small_cnn(1, 3, **SMALL), path, field="teacher")
+    state["head.bias"] = state.pop("stranger") * float("nan")
+    safetensors.torch.save_file(state, path)
+    with pytest.raises(UserError, match=r"not finite \(head.bias\)"):
+        load_weights(small_cnn(1, 3, **SMALL), path, field="teacher")
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match=rf"teacher.weights: {path} is not a safetensors file, or is truncated"):
+        load_weights(small_cnn(1, 3, **SMALL), path, field="teacher")
+    with pytest.raises(UserError, match=r"none.pt: no such file"):
+        load_weights(small_cnn(1, 3, **SMALL), tmp_path / "none.pt", field="teacher")
+
+
+class Hostile:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("way", ["pickle", "torch"])
+def test_a_hostile_pickle_is_not_executed(tmp_path: Path, way: str) -> None:
+    path, marker = tmp_path / "teacher.pt", tmp_path / "executed"
+    if way == "pickle":
+        path.write_bytes(pickle.dumps(Hostile(marker)))
+    else:
+        torch.save({"weight": Hostile(marker)}, path)
+    with pytest.raises(UserError, match=rf"teacher.weights: {path} is not a plain state dict, and is not executed"):
+        load_weights(nn.Linear(1, 1), path, field="teacher")
+    assert not marker.exists()
+
+
+def test_pickles_of_plain_state_dicts_are_read_and_others_refused(tmp_path: Path) -> None:
+    path, model, source = tmp_path / "model.pt", nn.Linear(3, 2), nn.Linear(3, 2)
+    torch.save(source.state_dict(), path)
+    load_weights(model, path, field="student")
+    assert torch.equal(model.weight, source.weight)
+    torch.save({"epoch": 3, "state_dict": source.state_dict()}, path)
+    with pytest.raises(UserError, match="not a plain state dict but a dict with epoch, state_dict"):
+        load_weights(model, path, field="student")
+    torch.save(source, path)
+    with pytest.raises(UserError, match="is not executed"):
+        load_weights(model, path, field="student")
+    path.write_bytes(b"not a pickle")
+    with pytest.raises(UserError, match="is not executed"):
+        load_weights(model, path, field="student")
+
+
+def test_the_digest_of_a_folder_knows_names_and_contents(tmp_path: Path) -> None:
+    def make(name: str, files: dict[str, bytes]) -> str:
+        for file, content in files.items():
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return digest(tmp_path / name)
+
+    whole = make("a", {"x/1": b"one", "2": b"two"})
+    assert make("b", {"2": b"two", "x/1": b"one"}) == whole
+    assert make("c", {"x/1": b"one", "3": b"two"}) != whole
+    assert make("d", {"x/1": b"one", "2": b"tww"}) != whole
+    with pytest.raises(UserError, match="no such file or folder"):
+        digest(tmp_path / "none")

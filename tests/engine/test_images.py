@@ -1,0 +1,203 @@
+import gzip
+import io
+import json
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.images import OPEN_FILES, UNLABELLED, TarImages, open_images
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 9, 9), dtype=np.uint8)
+LABELS = np.array([2, 0, 1, 1, 2], dtype=np.uint8)
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def png(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_idx(folder: Path, pack: bool = False) -> Path:
+    end = ".gz" if pack else ""
+    for name, array in (("t-images-idx3-ubyte", PIXELS), ("t-labels-idx1-ubyte", LABELS)):
+        content = idx(array)
+        (folder / (name + end)).write_bytes(gzip.compress(content) if pack else content)
+    return folder / f"t-images-idx3-ubyte{end}"
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_idx_files_are_read_with_the_labels_beside_them(tmp_path: Path, pack: bool) -> None:
+    images = open_images(write_idx(tmp_path, pack))
+    pixels, labels = images.read([4, 1])
+    assert len(images) == 5
+    assert pixels.dtype == torch.uint8 and torch.equal(pixels, torch.from_numpy(PIXELS[[4, 1]])[:, None])
+    assert labels.dtype == torch.int64 and labels.tolist() == [2, 0]
+
+
+def test_grey_is_replicated_and_colour_becomes_luma(tmp_path: Path) -> None:
+    pixels, _ = open_images(write_idx(tmp_path), channels=3).read(range(5))
+    assert torch.equal(pixels, torch.from_numpy(PIXELS)[:, None].expand(-1, 3, -1, -1))
+    colours = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]]], dtype=np.uint8)
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png(colours))
+    assert open_images(folder).read([0])[0].shape == (1, 3, 1, 3)
+    grey, labels = open_images(folder, channels=1).read([0])
+    assert grey.flatten().tolist() == [round(255 * weight) for weight in (0.299, 0.587, 0.114)]
+    assert labels.tolist() == [UNLABELLED]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[:-1], "truncated: its header promises 405 bytes for 5x9x9, it holds 404"),
+        (lambda data: data + b"0", "too long"),
+        (lambda data: data[:9], "truncated within its header"),
+        (lambda data: b"PK" + data, "not an IDX file"),
+        (lambda data: b"", "begins with nothing"),
+        (lambda data: data[:2] + b"\x0d" + data[3:], "data type 0x0d"),
+        (lambda data: idx(LABELS), "images and labels swapped"),
+        (lambda data: gzip.compress(data)[:-12], "truncated or damaged gzip"),
+    ],
+)
+def test_damaged_idx_files_are_refused(tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
+    path = write_idx(tmp_path)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError, match=message) as caught:
+        open_images(path)
+    assert str(path) in str(caught.value)
+
+
+def test_idx_labels_must_fit(tmp_path: Path) -> None:
+    path = write_idx(tmp_path)
+    with pytest.raises(UserError, match="label 2 is outside the classes; allowed: 0 to 1"):
+        open_images(path, classes=["a", "b"])
+    labels = tmp_path / "short"
+    labels.write_bytes(idx(LABELS[:4]))
+    with pytest.raises(UserError, match="4 labels for the 5 images"):
+        open_images(path, labels)
+    (tmp_path / "t-labels-idx1-ubyte").unlink()
+    with pytest.raises(UserError, match=r"no labels file beside it \(t-labels-idx1-ubyte\)"):
+        open_images(path)
+
+
+def make_folders(root: Path, names: list[str]) -> Path:
+    for value, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        (root / name / "a.png").write_bytes(png(np.full((4, 4), value, np.uint8)))
+    return root
+
+
+def test_class_folders_by_name_follow_the_order_of_the_classes(tmp_path: Path) -> None:
+    root = make_folders(tmp_path / "set", ["coat", "ankle_boot", "t-shirt-top"])
+    images = open_images(root, classes=["T-shirt/top", "Ankle boot", "Coat"])
+    pixels, labels = images.read(range(3))
+    assert labels.tolist() == [0, 1, 2]
+    assert pixels[:, 0, 0, 0].tolist() == [2, 1, 0]
+    assert open_images(root).classes == ["ankle_boot", "coat", "t-shirt-top"]
+
+
+def test_numbered_class_folders_are_ordered_as_numbers(tmp_path: Path) -> None:
+    root = make_folders(tmp_path / "set", [str(number) for number in range(11)])
+    pixels, labels = open_images(root, classes=[f"class {number}" for number in range(11)]).read(range(11))
+    assert labels.tolist() == list(range(11)) == pixels[:, 0, 0, 0].tolist()
+
+
+def test_class_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    root = make_folders(tmp_path / "set", ["cat", "dog", "emu"])
+    with pytest.raises(
+        UserError, match=r"3 folders do not match the 3 classes; no class is named emu; no folder for fox"
+    ):
+        open_images(root, classes=["cat", "dog", "fox"])
+    with pytest.raises(UserError, match="no folder for fox"):
+        open_images(root, classes=["cat", "dog", "emu", "fox"])
+    (root / "dog" / "a.png").unlink()
+    with pytest.raises(UserError, match="dog: a class folder without images"):
+        open_images(root, classes=["cat", "dog", "emu"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no class folders, no tars and no images"):
+        open_images(tmp_path / "empty")
+
+
+def test_image_sizes_must_agree_unless_one_is_asked_for(tmp_path: Path) -> None:
+    root = make_folders(tmp_path / "set", ["0", "1"])
+    (root / "1" / "b.png").write_bytes(png(np.zeros((4, 6), np.uint8)))
+    with pytest.raises(UserError, match=r"b.png: 6x4 pixels, but .*a.png has 4x4"):
+        open_images(root).read(range(3))
+    assert open_images(root, size=8).read(range(3))[0].shape == (3, 1, 8, 8)
+
+
+def test_unreadable_image_files_are_named(tmp_path: Path) -> None:
+    root = make_folders(tmp_path / "set", ["0", "1"])
+    (root / "1" / "a.png").write_bytes(png(PIXELS[0])[:-30])
+    with pytest.raises(UserError, match=r"1/a.png: not a readable image"):
+        open_images(root).read([1])
+
+
+def test_tars_are_read_in_any_order(tmp_path: Path) -> None:
+    count = OPEN_FILES + 3
+    for number in range(count):
+        members = {}
+        for sample in range(2):
+            members[f"{number}-{sample}.png"] = png(np.full((3, 3), 10 * number + sample, np.uint8))
+            members[f"{number}-{sample}.json"] = json.dumps({"class": (number + sample) % 3}).encode()
+        folder = tmp_path / f"round-{number % 2:03d}"
+        folder.mkdir(exist_ok=True)
+        write_tar(folder / f"shard-{number:05d}.tar", members)
+    images = open_images(tmp_path, classes=["a", "b", "c"])
+    assert isinstance(images, TarImages) and len(images) == 2 * count
+    order = torch.randperm(2 * count, generator=torch.Generator().manual_seed(0)).tolist()
+    pixels, labels = images.read(order)
+    again, _ = images.read(list(range(2 * count)))
+    assert torch.equal(pixels, again[order])
+    numbers, samples = pixels[:, 0, 0, 0] // 10, pixels[:, 0, 0, 0] % 10
+    assert torch.equal((numbers + samples).long() % 3, labels)
+    assert len(images._files) <= OPEN_FILES
+
+
+def test_tar_labels_of_strangers(tmp_path: Path) -> None:
+    image = png(PIXELS[0])
+    members = {"x/a.jpg": image, "x/a.cls": b"1\n", "x/b.png": image, "x/c.png": image, "x/c.json": b'{"class": "dog"}'}
+    path = write_tar(tmp_path / "set.tar", members)
+    assert open_images(path, classes=["cat", "dog"]).read(range(3))[1].tolist() == [1, UNLABELLED, 1]
+    with pytest.raises(UserError, match=r"set.tar, sample 0: label 1 is outside the classes"):
+        open_images(path, classes=["cat"]).read([0])
+    with pytest.raises(UserError, match=r"set.tar, sample 2: class 'dog' is neither"):
+        open_images(path).read([2])
+    write_tar(path, {"a.png": image, "a.json": b"[1]"})
+    with pytest.raises(UserError, match=r"set.tar, sample 0: unreadable label"):
+        open_images(path).read([0])
+
+
+def test_damaged_tars_are_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "set.tar", {"a.png": png(PIXELS[0]), "a.cls": b"0", "b.png": png(PIXELS[1])})
+    whole = path.read_bytes()
+    end = whole.rindex(b"IEND")
+    path.write_bytes(whole[: end - 20])
+    with pytest.raises(UserError, match=r"set.tar: not a whole, uncompressed tar"):
+        open_images(path)
+    path.write_bytes(gzip.compress(whole))
+    with pytest.raises(UserError, match=r"set.tar: not a whole, uncompressed tar"):
+        open_images(path)
+    write_tar(path, {"a.txt": b"hello"})
+    with pytest.raises(UserError, match="without an image"):
+        open_images(path)

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from torch import nn
+
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.taps import BatchNormTaps
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Conv2d(3, 4, 3, stride=2),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.LazyLinear(5),
+        nn.BatchNorm1d(5, affine=False),
+        nn.BatchNorm1d(5, track_running_stats=False),
+    ).eval()
+
+
+def test_taps_give_the_inputs_of_the_layers_inside_the_graph() -> None:
+    model = network()
+    images = torch.randn(2, 1, 9, 9, requires_grad=True)
+    with BatchNormTaps(model) as taps:
+        model(images)
+        assert taps.names == ["1", "4", "7"]
+        for name, kept in zip(taps.names, taps.inputs, strict=True):
+            assert torch.equal(kept, model[: int(name)](images))
+        (gradient,) = torch.autograd.grad(sum(kept.square().mean() for kept in taps.inputs), images)
+        assert gradient.abs().sum() > 0
+        assert [mean.shape[0] for mean in taps.running_means] == [3, 4, 5]
+        assert taps.running_variances[1] is model[4].running_var
+        model(images * 2)
+        assert torch.equal(taps.inputs[0], model[0](images * 2))
+        # The forward above did not begin at the model: nothing was recorded anew.
+        taps.clear()
+        with pytest.raises(UserError, match="1, 4, 7 took no part"):
+            _ = taps.inputs
+    model(images)
+    with pytest.raises(UserError, match="took no part"):
+        _ = taps.inputs
+
+
+def test_a_model_without_batchnorm_is_refused() -> None:
+    with pytest.raises(UserError, match=r"guidance.batchnorm_weight: the teacher has no BatchNorm"):
+        BatchNormTaps(nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2)))
+
+
+def test_a_layer_left_out_of_the_forward_is_named() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.BatchNorm2d(1), nn.BatchNorm2d(1)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.used(images)
+
+    model = Auxiliary()
+    taps = BatchNormTaps(model)
+    model(torch.zeros(2, 1, 3, 3))
+    with pytest.raises(UserError, match="layers unused took no part"):
+        _ = taps.inputs
