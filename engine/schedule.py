@@ -135,8 +135,8 @@ def _scheduler(sampler: str, config: Mapping[str, Any], steps: int) -> Any:
     if len(timesteps) != steps or not descending or timesteps[-1] < 0 or timesteps[0] >= total:
         raise UserError(
             f"synthesis.steps: {steps} steps of {sampler} give no descending timesteps in [0, {total}) with "
-            f"timestep_spacing={scheduler.config.timestep_spacing}, steps_offset={scheduler.config.get('steps_offset')}; "
-            "take another number of steps"
+            f"timestep_spacing={scheduler.config.timestep_spacing} and "
+            f"steps_offset={scheduler.config.get('steps_offset')}; take another number of steps"
         )
     return scheduler
 
