@@ -1,0 +1,149 @@
+"""Latent CutMix: who takes which box from whom, after which step, and what that does to the labels.
+
+After a mixed step a box of a sample's latent is replaced by the same box of its partner's. Everything is drawn before
+the loop, from (seed, sample, step) alone; the kernel of the step only reads the plan.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe import CutMixRecipe
+from diffdfkd.kernels.box import box_from_area, box_mask, box_share
+from diffdfkd.kernels.philox import CUTMIX, philox_uniform
+
+
+class Parent(NamedTuple):
+    """One patch that a sample took."""
+
+    step: int
+    partner: int
+    """Global id of the sample that the patch came from."""
+    box: tuple[int, int, int, int]
+    """(top, left, bottom, right) in latent pixels, half open."""
+    area: float
+    """Share of the latent inside the box."""
+
+
+@dataclass(frozen=True)
+class CutMixPlan:
+    """CutMix of a batch of B samples over S steps."""
+
+    partners: Tensor
+    """[S, B] int64, index in the batch; a sample that is not mixed is its own partner."""
+    boxes: Tensor
+    """[S, B, 4] int32 (top, left, bottom, right), half open; all 0 where a sample is not mixed."""
+    targets: Tensor
+    """[S + 1, B, K] float32 soft labels, row s before the mix of step s; the last row is final."""
+    mixes: tuple[bool, ...]
+    """Per step: whether any sample is mixed after it. On the host, so that the loop need not ask the device."""
+    parents: tuple[tuple[Parent, ...], ...]
+    """Per sample, in the order of the steps."""
+
+
+def mixed_steps(recipe: CutMixRecipe, steps: int) -> list[int]:
+    """Steps after which CutMix acts: each ``every``-th, never the last, since no step is left to repair the seam.
+
+    Raises UserError where CutMix is on but would never act.
+    """
+    if not recipe.every:
+        return []
+    chosen = list(range(recipe.every - 1, steps - 1, recipe.every))
+    if not chosen:
+        raise UserError(
+            f"cutmix.every: got {recipe.every} with synthesis.steps={steps}: a mix needs a later step to repair its "
+            f"seam; set it to {steps - 1} or less, or to 0"
+        )
+    return chosen
+
+
+def plan_cutmix(
+    recipe: CutMixRecipe,
+    classes: Tensor,
+    n_classes: int,
+    steps: int,
+    size: tuple[int, int],
+    seed: int,
+    sample_ids: Tensor,
+) -> CutMixPlan:
+    """Plan for samples of ``classes`` [B] with global ``sample_ids`` [B], on latents of ``size`` (h, w).
+
+    A pure function of its arguments, computed on the CPU and returned on the device of ``classes``. A label is the
+    share of each class in the latent, counted pixel by pixel after clipping and rounding and over all earlier mixes.
+    """
+    device = classes.device
+    classes, sample_ids = classes.cpu().long(), sample_ids.cpu().long()
+    batch, (height, width) = len(classes), size
+    own = torch.arange(batch)
+    partners = own.repeat(steps, 1)
+    boxes = torch.zeros(steps, batch, 4, dtype=torch.int32)
+    targets = torch.empty(steps + 1, batch, n_classes)
+    owners = classes.view(batch, 1, 1).expand(batch, height, width)  # class that each latent pixel came from
+    parents: list[list[Parent]] = [[] for _ in range(batch)]
+    chosen = set(mixed_steps(recipe, steps))
+    for step in range(steps):
+        targets[step] = _shares(owners, n_classes) if step - 1 in chosen or step == 0 else targets[step - 1]
+        if step not in chosen:
+            continue
+        partners[step], boxes[step] = _draw(recipe, classes, size, philox_uniform(seed, sample_ids, step, CUTMIX, 5))
+        areas = box_share(boxes[step], height, width).tolist()
+        for sample in (partners[step] != own).nonzero().flatten().tolist():
+            top, left, bottom, right = boxes[step, sample].tolist()
+            partner = int(sample_ids[partners[step, sample]])
+            parents[sample].append(Parent(step, partner, (top, left, bottom, right), areas[sample]))
+        mask = box_mask(boxes[step], height, width)[:, 0]  # [B, h, w]
+        owners = torch.where(mask, owners[partners[step]], owners)
+    targets[steps] = targets[steps - 1]  # the last step never mixes
+    return CutMixPlan(
+        partners=partners.to(device),
+        boxes=boxes.to(device),
+        targets=targets.to(device),
+        mixes=tuple((partners != own).any(1).tolist()),
+        parents=tuple(tuple(own_parents) for own_parents in parents),
+    )
+
+
+def _draw(recipe: CutMixRecipe, classes: Tensor, size: tuple[int, int], uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Partners [B] and boxes [B, 4] of one step from uniforms [B, 5]; no partner or an empty box: not mixed."""
+    own = torch.arange(len(classes))
+    same = classes[:, None] == classes[None, :]
+    candidates = {"within": same, "across": ~same, "any": torch.ones_like(same)}[recipe.partner]
+    candidates = candidates & ~torch.eye(len(classes), dtype=torch.bool)
+    counts = candidates.sum(1)
+    # The k-th candidate of each row, k uniform.
+    rank = (uniform[:, 1] * counts).long().clamp(max=(counts - 1).clamp(min=0))
+    partner = ((candidates.cumsum(1) == rank[:, None] + 1) & candidates).int().argmax(1)
+    area = 1 - beta_quantile(uniform[:, 2], recipe.alpha)
+    boxes = box_from_area(area, uniform[:, 3:5], *size)
+    empty = box_share(boxes, *size) == 0
+    mixed = (uniform[:, 0] < recipe.probability) & (counts > 0) & ~empty
+    return torch.where(mixed, partner, own), torch.where(mixed[:, None], boxes, 0)
+
+
+def beta_quantile(uniform: Tensor, alpha: float) -> Tensor:
+    """Quantile function of Beta(alpha, alpha) in float64, so that a draw needs exactly one uniform number.
+
+    By symmetry only [0, 1/2] is tabulated; below alpha 1, x = t^(1/alpha) / 2 takes out the pole of the density at 0.
+    """
+    power = 1 / min(alpha, 1)
+    t = torch.linspace(0, 1, 4097, dtype=torch.float64)
+    x = t**power / 2
+    density = t ** (max(alpha, 1) - 1) * (2 * (1 - x)) ** (alpha - 1)  # of t, up to a factor
+    cumulative = torch.cat([t.new_zeros(1), (density[1:] + density[:-1]).cumsum(0)])
+    cumulative = cumulative / cumulative[-1]
+    tail = 2 * torch.minimum(uniform, 1 - uniform)
+    upper = torch.searchsorted(cumulative, tail).clamp(1, len(t) - 1)
+    below, above = cumulative[upper - 1], cumulative[upper]
+    share = ((tail - below) / (above - below).clamp(min=1e-300)).clamp(0, 1)
+    half = (t[upper - 1] + share * (t[upper] - t[upper - 1])) ** power / 2
+    return torch.where(uniform < 0.5, half, 1 - half)
+
+
+def _shares(owners: Tensor, n_classes: int) -> Tensor:
+    """Share of each class among the pixels [B, h, w] -> float32 [B, K]."""
+    pixels = owners.flatten(1)
+    counts = torch.zeros(len(pixels), n_classes).scatter_add_(1, pixels, torch.ones(pixels.shape))
+    return counts / pixels.shape[1]

@@ -1,0 +1,200 @@
+"""What is heavy in a guided step, as pure tensor functions of fixed shapes, each with a specification.
+
+The sampler calls stages and knows nothing of the models behind them, so that any engine may stand in a stage's place.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.inversion import adversarial_loss, batchnorm_loss, class_loss
+from diffdfkd.engine.prior import Prior
+from diffdfkd.engine.recipe import GuidanceRecipe
+from diffdfkd.engine.taps import BatchNormTaps
+
+
+class Port(NamedTuple):
+    """One input or output of a stage."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Specification:
+    """Names, shapes and dtypes of a stage's inputs and outputs, in the order of its call."""
+
+    name: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+class Gradient(NamedTuple):
+    """What the guidance chain returns for a batch of B samples."""
+
+    gradient: Tensor
+    """[B, c, h, w], of n L with respect to x0, n the samples that count; 0 where not ``finite``."""
+    norm: Tensor
+    """[B], |gradient|_2 of each sample."""
+    finite: Tensor
+    """[B] bool: latent, image, logits and gradient of the sample are finite."""
+    losses: Tensor
+    """[4], means over the samples that count: total, class, BatchNorm, adversarial."""
+
+
+class UNet(Protocol):
+    def __call__(self, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor: ...
+
+
+class Chain(Protocol):
+    def __call__(self, x0: Tensor, targets: Tensor, alive: Tensor) -> Gradient: ...
+
+
+def unet_stage(prior: Prior, dtype: torch.dtype = torch.float32) -> UNet:
+    """The prior's UNet: sample [N, c, h, w], timestep [N], context [N, T, D] -> float32 [N, c, h, w].
+
+    ``dtype`` is the arithmetic inside (autocast); weights stay as they are. Autograd can cross the stage.
+    """
+
+    def unet(sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        sample = sample.contiguous(memory_format=torch.channels_last)
+        with arithmetic(sample.device, dtype):
+            output = prior.unet(sample, timestep, encoder_hidden_states=context, return_dict=False)[0]
+        return _at_least_float32(output)
+
+    return unet
+
+
+def decode_stage(prior: Prior, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:
+    """The prior's decoder: latents [B, c, h, w] -> float32 images [B, C, H, W] in [0, 1]; autograd can cross it."""
+
+    def decode(latents: Tensor) -> Tensor:
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        with arithmetic(latents.device, dtype):
+            images = prior.decode(latents)
+        return _at_least_float32(images)
+
+    return decode
+
+
+def guidance_chain(
+    decode: Callable[[Tensor], Tensor],
+    teacher: nn.Module,
+    taps: BatchNormTaps | None,
+    weights: GuidanceRecipe,
+    student: nn.Module | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Chain:
+    """x0 [B, c, h, w], targets [B, K], alive [B] -> the gradient of n L with respect to x0.
+
+    The gradient is that of n L, n the number of samples that count, so that its size does not depend on the batch.
+    A sample that is not alive, or whose latent, image or logits are not finite, gets weight 0 in every loss term, and
+    gradient 0. ``taps`` sit on ``teacher``; None without BatchNorm guidance. ``dtype`` is the arithmetic of the
+    networks; moments and losses are float32. Raises UserError when no term with a weight is left.
+    """
+    for network in (teacher, student):
+        if network is not None and network.training:
+            raise ValueError("teacher and student must be in eval mode, or a batch changes their statistics")
+    opponent = student if weights.adversarial_weight > 0 else None
+    use_batchnorm = taps is not None and weights.batchnorm_weight > 0
+    if not (weights.class_weight > 0 or use_batchnorm or opponent):
+        raise UserError(
+            "guidance: no student exists yet and all other terms have weight 0; "
+            "set guidance.class_weight or guidance.batchnorm_weight above 0"
+        )
+
+    def chain(x0: Tensor, targets: Tensor, alive: Tensor) -> Gradient:
+        counts = alive & finite(x0)
+        leaf = _where(counts, x0.detach(), 0).contiguous(memory_format=torch.channels_last).requires_grad_()
+        with torch.enable_grad():
+            with arithmetic(leaf.device, dtype):
+                images = _at_least_float32(decode(leaf))
+                counts = counts & finite(images)
+                images = _where(counts, images, 0)
+                logits = _at_least_float32(teacher(images))
+                replies = _at_least_float32(opponent(images)) if opponent else logits
+            counts = counts & finite(logits) & finite(replies)
+            zero = logits.new_zeros(())
+            by_class = class_loss(logits, targets, counts)
+            by_statistics = zero
+            if taps is not None:
+                with torch.set_grad_enabled(use_batchnorm):
+                    by_statistics = batchnorm_loss(taps.inputs, taps.running_means, taps.running_variances, counts)
+            by_student = adversarial_loss(logits, replies, counts) if opponent else zero
+            total = (
+                weights.class_weight * by_class
+                + weights.batchnorm_weight * by_statistics
+                + weights.adversarial_weight * by_student
+            )
+            (gradient,) = torch.autograd.grad(total * counts.sum(), leaf)
+        if taps is not None:
+            taps.clear()
+        norm = torch.linalg.vector_norm(gradient, dim=(1, 2, 3))
+        usable = counts & torch.isfinite(norm)
+        return Gradient(
+            gradient=_where(usable, gradient, 0),
+            norm=torch.where(usable, norm, 0),
+            finite=usable,
+            losses=torch.stack([total, by_class, by_statistics, by_student]).detach(),
+        )
+
+    return chain
+
+
+def unet_specification(prior: Prior, rows: int, tokens: int) -> Specification:
+    """Of the UNet stage on ``rows`` samples (twice the batch under classifier-free guidance)."""
+    latents = (rows, *prior.latent_shape)
+    width = int(prior.unet.config.cross_attention_dim)
+    return Specification(
+        "unet",
+        inputs=(
+            Port("sample", latents, torch.float32),
+            Port("timestep", (rows,), torch.float32),
+            Port("context", (rows, tokens, width), torch.float32),
+        ),
+        outputs=(Port("output", latents, torch.float32),),
+    )
+
+
+def chain_specification(latent_shape: tuple[int, int, int], batch: int, classes: int) -> Specification:
+    """Of the guidance chain on ``batch`` samples."""
+    latents = (batch, *latent_shape)
+    return Specification(
+        "chain",
+        inputs=(
+            Port("x0", latents, torch.float32),
+            Port("targets", (batch, classes), torch.float32),
+            Port("alive", (batch,), torch.bool),
+        ),
+        outputs=(
+            Port("gradient", latents, torch.float32),
+            Port("norm", (batch,), torch.float32),
+            Port("finite", (batch,), torch.bool),
+            Port("losses", (4,), torch.float32),
+        ),
+    )
+
+
+def arithmetic(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Autocast to ``dtype``; float32 leaves everything as it is."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def finite(values: Tensor) -> Tensor:
+    """[B] bool: all of a sample's values are finite."""
+    return torch.isfinite(values).flatten(1).all(1)
+
+
+def _where(samples: Tensor, values: Tensor, other: float) -> Tensor:
+    return torch.where(samples.view(-1, *[1] * (values.dim() - 1)), values, other)
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,0 +1,450 @@
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffdfkd.engine.cutmix import plan_cutmix
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe import CutMixRecipe, GuidanceRecipe
+from diffdfkd.engine.sampler import guided_steps, sample
+from diffdfkd.engine.schedule import Table, make_table
+from diffdfkd.engine.stages import Gradient, guidance_chain
+from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.kernels.philox import STEP_NOISE, philox_normal
+from diffdfkd.kernels.row import COLUMNS, Row
+
+BATCH, LATENT, CLASSES, STEPS = 6, (2, 4, 6), 3, 6
+CONFIG = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+CONFIG |= {"clip_sample": False, "set_alpha_to_one": False, "prediction_type": "epsilon"}
+SAMPLERS = ("ddim", "ddpm", "euler", "dpmsolver++", "lcm")
+OFF = CutMixRecipe(every=0)
+MIX = CutMixRecipe(every=1, probability=0.8, partner="any")
+
+
+class ToyUNet:
+    """Smooth, nonlinear, one sample at a time; counts its calls and can fail on chosen samples of one call."""
+
+    def __init__(self, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(1)
+        self.weight = 0.3 * torch.randn(2, 2, 3, 3, generator=generator, dtype=dtype)
+        self.calls, self.fails = 0, {}
+
+    def __call__(self, sample, timestep, context):
+        mixed = torch.nn.functional.conv2d(sample, self.weight.to(sample.dtype), padding=1)
+        drive = context.mean(1)[:, :2, None, None].to(sample.dtype)
+        output = torch.tanh(mixed + drive) + 0.1 * sample * (timestep / 1000).to(sample.dtype)[:, None, None, None]
+        for index in self.fails.get(self.calls, ()):
+            output = output.clone()
+            output[index] = float("nan")
+        self.calls += 1
+        return output
+
+
+GOAL = torch.randn(LATENT, generator=torch.Generator().manual_seed(9))
+
+
+def toy_loss(x0):
+    """B * L of a toy: each sample has a loss of its own."""
+    return torch.nn.functional.smooth_l1_loss(x0, GOAL.to(x0.dtype).expand_as(x0), reduction="sum", beta=2.0)
+
+
+def toy_chain(x0, targets, alive):
+    finite = alive & x0.isfinite().flatten(1).all(1)
+    gradient = ((x0 - GOAL) / 2).clamp(-1, 1)
+    gradient = torch.where(finite[:, None, None, None], gradient, 0)
+    losses = torch.stack([toy_loss(torch.where(finite[:, None, None, None], x0, GOAL)) / len(x0)] * 4)
+    return Gradient(gradient, gradient.flatten(1).norm(dim=1), finite, losses)
+
+
+def plan(recipe=OFF, steps=STEPS, ids=None):
+    ids = torch.arange(BATCH) if ids is None else ids
+    return plan_cutmix(recipe, ids % CLASSES, CLASSES, steps, LATENT[1:], 7, ids)
+
+
+def inputs(n=BATCH, doubled=True):
+    generator = torch.Generator().manual_seed(4)
+    noise = torch.randn(n, *LATENT, generator=generator)
+    context = torch.randn(2 * n if doubled else n, 3, 4, generator=generator)
+    return noise, context
+
+
+def run(table, mode="none", rule="unit", recipe=OFF, unet=None, chain=toy_chain, scale=3.0, **fields):
+    noise, context = inputs(doubled=not isinstance(scale, float) or scale != 1)
+    guidance = GuidanceRecipe(**{"mode": mode, "rho_rule": rule, "rho": 0.2, **fields})
+    return sample(
+        unet or ToyUNet(),
+        table,
+        context,
+        scale=scale,
+        noise=noise,
+        sample_ids=torch.arange(BATCH),
+        seed=7,
+        guidance=guidance,
+        plan=plan(recipe, table.steps),
+        chain=chain,
+    )
+
+
+def plain(table, mode, rule, recipe, scale=3.0, rho=0.2):
+    """The method written down naively, one sample at a time where it can be, autograd for every gradient."""
+    noise, context = inputs()
+    made, unet = plan(recipe, table.steps), ToyUNet()
+    z, previous = noise * table.initial_scale, torch.zeros_like(noise)
+
+    def look(z, row, timestep):
+        output = unet((row.input_scale * z).repeat(2, 1, 1, 1), timestep.repeat(2 * BATCH), context)
+        free, bound = output[:BATCH], output[BATCH:]
+        m = free + scale * (bound - free)
+        eps_free, eps_bound = (row.eps_z * z + row.eps_m * half for half in (free, bound))
+        return row.x0_z * z + row.x0_m * m, row.eps_z * z + row.eps_m * m, eps_bound - eps_free
+
+    def move(point, gradient, difference, ratio):
+        moved = point.clone()
+        for b in range(BATCH):
+            length = {
+                "raw": rho,
+                "unit": rho * point[b].norm() / gradient[b].norm(),
+                "cfg": rho * scale * ratio * difference[b].norm() / gradient[b].norm(),
+            }[rule]
+            moved[b] = point[b] - length * gradient[b]
+        return moved
+
+    for step in range(table.steps):
+        row, timestep = Row(*table.rows[step].tolist()), table.timesteps[step]
+        x0, eps, difference = look(z, row, timestep)
+        if mode == "clean":
+            leaf = x0.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(toy_loss(leaf), leaf)
+            x0 = move(x0, gradient, difference, row.sigma / row.alpha)
+        elif mode != "none":
+            leaf = (row.input_scale * z).requires_grad_()
+            (gradient,) = torch.autograd.grad(toy_loss(look(leaf / row.input_scale, row, timestep)[0]), leaf)
+            z = move(row.input_scale * z, gradient, difference, 1.0) / row.input_scale
+            if mode == "exact":
+                x0, eps, _ = look(z, row, timestep)
+            else:
+                x0 = (row.input_scale * z - row.sigma * eps) / row.alpha
+        following = row.z * z + row.x0 * x0 + row.eps * eps + row.previous * previous
+        following = following + row.noise * philox_normal(7, torch.arange(BATCH), step, STEP_NOISE, LATENT)
+        z, previous = following.clone(), x0.clone()
+        for b in range(BATCH):
+            top, left, bottom, right = made.boxes[step, b].tolist()
+            partner = int(made.partners[step, b])
+            z[b, :, top:bottom, left:right] = following[partner, :, top:bottom, left:right]
+            previous[b, :, top:bottom, left:right] = x0[partner, :, top:bottom, left:right]
+    return z
+
+
+@pytest.mark.parametrize("recipe", [OFF, MIX], ids=["whole", "mixed"])
+@pytest.mark.parametrize("mode", ["none", "clean", "reuse", "exact"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_trajectory_is_that_of_the_plain_formulation(sampler, mode, recipe):
+    table = make_table(sampler, CONFIG, STEPS, "cpu")
+    made = run(table, mode, recipe=recipe)
+    torch.testing.assert_close(made.latents, plain(table, mode, "unit", recipe), rtol=1e-3, atol=1e-3)
+    assert made.alive.all()
+    assert recipe is OFF or not torch.allclose(made.latents, run(table, mode).latents, atol=1e-2)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("rule", ["raw", "unit", "cfg"])
+@pytest.mark.parametrize("mode", ["clean", "reuse", "exact"])
+def test_rules_and_prediction_types_are_those_of_the_plain_formulation(mode, rule, prediction_type):
+    table = make_table("ddim", {**CONFIG, "prediction_type": prediction_type}, STEPS, "cpu")
+    made = run(table, mode, rule)
+    torch.testing.assert_close(made.latents, plain(table, mode, rule, OFF), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmsolver++"])
+def test_without_guidance_equals_diffusers(sampler):
+    import diffusers
+
+    kinds = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
+    scheduler = getattr(diffusers, kinds[sampler]).from_config(CONFIG)
+    scheduler.set_timesteps(STEPS)
+    noise, context = inputs()
+    z, unet = noise * scheduler.init_noise_sigma, ToyUNet()
+    for timestep in scheduler.timesteps:
+        free, bound = unet(
+            scheduler.scale_model_input(torch.cat([z, z]), timestep), timestep.repeat(2 * BATCH), context
+        ).chunk(2)
+        z = scheduler.step(free + 3.0 * (bound - free), timestep, z).prev_sample
+    torch.testing.assert_close(run(make_table(sampler, CONFIG, STEPS, "cpu")).latents, z, rtol=1e-4, atol=1e-4)
+
+
+def test_mode_none_and_no_chain_are_the_same_and_have_no_losses():
+    table = make_table("ddpm", CONFIG, STEPS, "cpu")
+    first, second = run(table, "none"), run(table, "clean", chain=None)
+    assert torch.equal(first.latents, second.latents)
+    assert first.losses.shape == (STEPS, 4) and first.losses.isnan().all() and second.losses.isnan().all()
+
+
+def two_tables():
+    """DDIM and the same steps in Euler's own scale of z."""
+    alpha = torch.linspace(0.1, 0.9, STEPS, dtype=torch.float64)
+    sigma = (1 - alpha**2).sqrt()
+    next_alpha, next_sigma = torch.cat([alpha[1:], alpha.new_ones(1)]), torch.cat([sigma[1:], sigma.new_zeros(1)])
+    zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+    shared = {"eps_z": zero, "eps_m": one, "z": zero, "previous": zero, "noise": zero, "alpha": alpha, "sigma": sigma}
+    shared |= {"x0_m": -sigma / alpha}
+    ddim = shared | {"input_scale": one, "x0_z": 1 / alpha, "x0": next_alpha, "eps": next_sigma}
+    euler = shared | {"input_scale": alpha, "x0_z": one, "x0": one, "eps": next_sigma / next_alpha}
+    timesteps = torch.linspace(900, 10, STEPS)
+    for columns, scale in ((ddim, 1.0), (euler, 1 / float(alpha[0]))):
+        rows = torch.stack([columns[name] for name in COLUMNS], 1).float()
+        yield Table(timesteps, rows, scale, "ddim", STEPS)
+
+
+@pytest.mark.parametrize("rule", ["raw", "unit", "cfg"])
+@pytest.mark.parametrize("mode", ["none", "clean", "reuse", "exact"])
+def test_euler_is_guided_like_ddim_which_it_equals_but_for_the_scale_of_z(mode, rule):
+    ddim, euler = two_tables()
+    torch.testing.assert_close(run(euler, mode, rule).latents, run(ddim, mode, rule).latents, rtol=1e-3, atol=1e-4)
+
+
+def test_clean_ddim_step_is_linear_in_z_eps_and_gradient():
+    ddim, _ = two_tables()
+    first = Table(ddim.timesteps[:1], ddim.rows[:1], 1.0, "ddim", 1)
+    noise, context = inputs()
+    free, bound = ToyUNet()(torch.cat([noise, noise]), first.timesteps.repeat(2 * BATCH), context).chunk(2)
+    eps = free + 3.0 * (bound - free)
+    row = Row(*first.rows[0].tolist())
+    alpha, sigma, next_alpha, next_sigma = row.alpha, row.sigma, row.x0, row.eps
+    x0 = ((noise - sigma * eps) / alpha).requires_grad_()
+    (gradient,) = torch.autograd.grad(toy_loss(x0), x0)
+    expected = (
+        next_alpha / alpha * noise + (next_sigma - next_alpha * sigma / alpha) * eps - 0.2 * next_alpha * gradient
+    )
+    torch.testing.assert_close(run(first, "clean", "raw").latents, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("mode", "calls"), [("none", 1), ("clean", 1), ("reuse", 1), ("exact", 2)])
+def test_unet_calls_per_step(mode, calls):
+    unet = ToyUNet()
+    run(make_table("ddim", CONFIG, STEPS, "cpu"), mode, unet=unet)
+    assert unet.calls == calls * STEPS
+
+
+@pytest.mark.parametrize("mode", ["clean", "reuse", "exact"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++", "euler"])
+def test_guidance_lowers_the_loss(sampler, mode):
+    table = make_table(sampler, CONFIG, STEPS, "cpu")
+    assert toy_loss(run(table, mode, rho=0.1).latents) < 0.9 * toy_loss(run(table).latents)
+
+
+@pytest.mark.parametrize("mode", ["clean", "reuse", "exact"])
+def test_per_sample_scales_and_no_doubling_at_scale_one(mode):
+    table = make_table("ddim", CONFIG, STEPS, "cpu")
+    torch.testing.assert_close(run(table, mode, scale=torch.full((BATCH,), 3.0)).latents, run(table, mode).latents)
+    # At scale 1 the unconditional half drops out, so the halved call must agree with the doubled one.
+    noise, context = inputs()
+    guidance = GuidanceRecipe(mode=mode, rho=0.2)
+    results = [
+        sample(
+            ToyUNet(),
+            table,
+            given,
+            scale=1.0,
+            noise=noise,
+            sample_ids=torch.arange(BATCH),
+            seed=7,
+            guidance=guidance,
+            plan=plan(),
+            chain=toy_chain,
+        ).latents
+        for given in (context, context[BATCH:])
+    ]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_reuse_survives_zero_terminal_snr():
+    config = {**CONFIG, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    table = make_table("ddim", {**config, "timestep_spacing": "trailing"}, STEPS, "cpu")
+    assert table.rows[0, COLUMNS.index("alpha")] == 0
+    made = run(table, "reuse")
+    assert made.alive.all() and made.latents.isfinite().all()
+
+
+def test_window_and_every_choose_the_guided_steps():
+    def chosen(steps, **fields):
+        return [step for step, on in enumerate(guided_steps(GuidanceRecipe(**fields), steps)) if on]
+
+    assert chosen(10) == list(range(10))
+    assert chosen(10, mode="none") == []
+    assert chosen(10, window=(0.2, 0.8)) == [2, 3, 4, 5, 6, 7]
+    assert chosen(10, window=(0.2, 0.8), every=3) == [2, 5]
+    assert chosen(100, window=(0.07, 0.57)) == list(range(7, 57))
+    assert chosen(3, window=(0.5, 1.0)) == [2]
+    with pytest.raises(UserError, match=r"guidance\.window: \[0\.51, 0\.55\] holds none of the 10 steps"):
+        chosen(10, window=(0.51, 0.55))
+
+
+def test_only_guided_steps_have_losses_and_call_the_chain():
+    calls = []
+
+    def chain(x0, targets, alive):
+        calls.append(targets)
+        return toy_chain(x0, targets, alive)
+
+    made = run(make_table("ddim", CONFIG, STEPS, "cpu"), "clean", chain=chain, recipe=MIX, window=(0.0, 0.7), every=2)
+    guided = [0, 2, 4]
+    assert made.losses[guided].isfinite().all() and made.losses[[1, 3, 5]].isnan().all()
+    targets = plan(MIX).targets
+    for step, given in zip(guided, calls, strict=True):
+        assert torch.equal(given, targets[step])
+    assert torch.equal(made.targets, targets[-1]) and not torch.equal(targets[0], targets[-1])
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmsolver++"])
+@pytest.mark.parametrize("mode", ["none", "clean", "reuse", "exact"])
+def test_a_sample_that_fails_is_dropped_and_the_others_do_not_notice(mode, sampler):
+    table = make_table(sampler, CONFIG, STEPS, "cpu")
+    broken = ToyUNet()
+    broken.fails = {2: (BATCH + 1,), 3: (4, 3)}  # the conditional half of sample 1, then samples 3 and 4
+    made, sound = run(table, mode, unet=broken), run(table, mode)
+    lost = torch.tensor([False, True, False, True, True, False])
+    assert torch.equal(made.alive, ~lost)
+    assert torch.equal(made.latents[~lost], sound.latents[~lost])
+
+
+def test_who_was_to_take_a_patch_from_a_failed_sample_is_dropped_too():
+    table = make_table("ddim", CONFIG, STEPS, "cpu")
+    broken = ToyUNet()
+    broken.fails = {0: (1,)}
+    some = MIX.model_copy(update={"probability": 0.3})
+    made, sound = run(table, recipe=some, unet=broken), run(table, recipe=some)
+    lost = {1}
+    for partners in plan(some).partners.tolist():
+        lost |= {b for b in range(BATCH) if partners[b] in lost}
+    assert 1 < len(lost) < BATCH
+    assert [b for b in range(BATCH) if not made.alive[b]] == sorted(lost)
+    assert torch.equal(made.latents[made.alive], sound.latents[made.alive])
+
+
+def test_a_chain_that_cannot_guide_a_sample_freezes_it():
+    def chain(x0, targets, alive):
+        result = toy_chain(x0, targets, alive)
+        return result._replace(finite=result.finite & (torch.arange(len(x0)) != 2))
+
+    for mode in ("clean", "reuse", "exact"):
+        made = run(make_table("ddim", CONFIG, STEPS, "cpu"), mode, chain=chain)
+        assert made.alive.tolist() == [True, True, False, True, True, True]
+        assert torch.equal(made.latents[2], inputs()[0][2])
+
+
+def test_no_gradient_means_no_update():
+    def chain(x0, targets, alive):
+        zero = torch.zeros_like(x0)
+        return Gradient(zero, zero.flatten(1).norm(dim=1), alive, torch.zeros(4))
+
+    table = make_table("ddim", CONFIG, STEPS, "cpu")
+    for mode in ("clean", "reuse", "exact"):
+        for rule in ("raw", "unit", "cfg"):
+            made = run(table, mode, rule, chain=chain)
+            assert made.alive.all()
+            torch.testing.assert_close(made.latents, run(table).latents)
+
+
+def test_a_sample_depends_on_its_id_and_not_on_its_batch():
+    table = make_table("ddpm", CONFIG, STEPS, "cpu")
+    noise, context = inputs()
+    guidance = GuidanceRecipe(mode="clean", rho=0.2)
+
+    def some(chosen):
+        ids = torch.tensor(chosen)
+        return sample(
+            ToyUNet(),
+            table,
+            context[torch.cat([ids, ids + BATCH])],
+            scale=3.0,
+            noise=noise[ids],
+            sample_ids=ids,
+            seed=7,
+            guidance=guidance,
+            plan=plan(ids=ids),
+            chain=toy_chain,
+        ).latents
+
+    whole = some(range(BATCH))
+    assert torch.equal(whole, some(range(BATCH)))
+    torch.testing.assert_close(some([4, 1]), whole[[4, 1]], rtol=1e-4, atol=1e-5)
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts what would make the host wait for the device."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.found = Counter()
+        for name in ("tolist", "cpu", "numpy", "item", "__bool__", "__float__", "__int__", "__index__"):
+            monkeypatch.setattr(torch.Tensor, name, self._counted(name, getattr(torch.Tensor, name)))
+
+    def _counted(self, name, method):
+        def counted(tensor, *arguments, **options):
+            self.found[name] += 1
+            return method(tensor, *arguments, **options)
+
+        return counted
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        masked = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if masked or name in self.WAITING:
+            self.found[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def small_chain():
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(32, CLASSES))
+    teacher = teacher.eval().requires_grad_(False)
+    student = nn.Sequential(nn.Flatten(), nn.Linear(24, CLASSES)).eval()
+    weights = GuidanceRecipe(class_weight=1.0, batchnorm_weight=0.2, adversarial_weight=0.5)
+    return guidance_chain(
+        lambda x0: x0.mean(1, keepdim=True).sigmoid(), teacher, BatchNormTaps(teacher), weights, student
+    )
+
+
+@pytest.mark.parametrize("rule", ["raw", "unit", "cfg"])
+@pytest.mark.parametrize("mode", ["clean", "reuse", "exact"])
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmsolver++"])
+def test_no_step_waits_for_the_device(monkeypatch, sampler, mode, rule):
+    found = []
+    chain = small_chain()
+    for steps in (3, 9):
+        table = make_table(sampler, CONFIG, steps, "cpu")
+        made = plan(MIX, steps)
+        noise, context = inputs()
+        with monkeypatch.context() as patch, Synchronisations(patch) as mode_of_counting:
+            sample(
+                ToyUNet(),
+                table,
+                context,
+                scale=3.0,
+                noise=noise,
+                sample_ids=torch.arange(BATCH),
+                seed=7,
+                guidance=GuidanceRecipe(mode=mode, rho_rule=rule),
+                plan=made,
+                chain=chain,
+            )
+        found.append(mode_of_counting.found)
+    # What is asked once before the loop does not grow with the steps.
+    assert found[0] == found[1]
+    assert not any(found[1][name] for name in (*Synchronisations.WAITING, "index", "index_put", "index_put_"))
+
+
+def test_the_count_of_synchronisations_sees_them(monkeypatch):
+    with monkeypatch.context() as patch, Synchronisations(patch) as mode_of_counting:
+        value = torch.ones(2)
+        value.sum().item()
+        bool(value.any())
+        value.tolist()
+        value[value > 0]
+    assert set(mode_of_counting.found) >= {"item", "__bool__", "tolist", "_local_scalar_dense", "index"}
