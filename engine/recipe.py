@@ -243,6 +243,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     else:
         path = find_recipe(source)
         content = _read_yaml(path)
+        # What a run wrote about itself beside its recipe: versions and digests, no part of what is asked for.
+        content.pop("frozen", None)
         _resolve_paths(content, path.parent)
     for override in overrides:
         _override(content, override)

@@ -1,0 +1,161 @@
+"""The report's pictures: guided beside unguided, CutMix parents and child, what the student saw."""
+
+import io
+import json
+import tarfile
+from collections import defaultdict
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diffdfkd.engine.page import picture
+
+Content = dict[str, Any]
+
+PER_CLASS = 12
+"""Images of each class cut from the shards."""
+MOST_CLASSES = 40
+SHARDS_READ = 20
+SHOWN_PIXELS = 96
+"""Largest edge of an embedded image; larger ones are scaled down, so that the page stays small."""
+
+
+def _preview(folder: Path) -> Content:
+    file = folder / "preview" / "preview.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def guidance_gallery(folder: Path) -> str:
+    """Samples of each class unguided beside guided from the same noise; nothing without a preview."""
+    preview = _preview(folder)
+    if not preview.get("pairs"):
+        return ""
+    size = _shown(preview["size"])
+    by_class: dict[str, list[Content]] = defaultdict(list)
+    for pair in preview["pairs"]:
+        by_class[pair["class_name"]].append(pair)
+    guided = any(pair["guided"] for pair in preview["pairs"])
+    blocks = []
+    for name, pairs in by_class.items():
+        shown = []
+        for pair in pairs:
+            kinds = ("unguided", "guided") if guided else ("unguided",)
+            cells = [picture(_embedded(folder / "preview", pair[kind]), f"{name}, {kind}", size) for kind in kinds]
+            captions = "".join(f"<span>{kind}</span>" for kind in kinds)
+            shown.append(f'<div class="pair">{"".join(cells)}{captions}</div>')
+        blocks.append(f'<div><h3>{escape(name)}</h3><div class="pairs">{"".join(shown)}</div></div>')
+    note = (
+        "Left and right begin with the same noise and prompt; the right one was steered by the teacher."
+        if guided
+        else "Guidance was off in this run."
+    )
+    return (
+        f'<section><h2>What guidance does</h2><p class="note">{note}</p><div class="classes">{"".join(blocks)}</div>'
+        "</section>"
+    )
+
+
+def cutmix_gallery(folder: Path) -> str:
+    """Owner, partner and child of a few mixes, the box outlined; nothing where CutMix was off."""
+    preview = _preview(folder)
+    if not preview.get("mixes"):
+        return ""
+    size = _shown(preview["size"])
+    scale = size / preview["size"]
+    blocks = []
+    for mix in preview["mixes"]:
+        figures = []
+        for kind, caption in (
+            ("owner", mix["owner_class"]),
+            ("partner", mix["partner_class"]),
+            ("child", "mixed: " + f"{1 - mix['area']:.0%} + {mix['area']:.0%}"),
+        ):
+            image = picture(_embedded(folder / "preview", mix[kind]), f"{kind}: {caption}", size)
+            if kind != "owner":
+                top, left, bottom, right = (round(edge * scale) for edge in mix["box"])
+                place = f"top:{top}px;left:{left}px;width:{right - left}px;height:{bottom - top}px"
+                image = f'<div class="boxed">{image}<i style="{place}"></i></div>'
+            figures.append(f"<figure>{image}<span>{escape(caption)}</span></figure>")
+        blocks.append(f'<div class="mix">{"".join(figures)}</div>')
+    return (
+        "<section><h2>CutMix</h2><p class=\"note\">The box of the partner's latent is put into the owner's while both "
+        "are still noise; the steps that follow repair the seam. From left to right: owner, partner, child.</p>"
+        f'<div class="mixes">{"".join(blocks)}</div></section>'
+    )
+
+
+def training_gallery(folder: Path, classes: list[str]) -> str:
+    """A strip of images of each class, the first ones in the shards."""
+    found: dict[int, list[Image.Image]] = defaultdict(list)
+    for tar in sorted((folder / "synthetic").glob("round-*/shard-*.tar"))[:SHARDS_READ]:
+        _collect(tar, found, len(classes))
+        if all(len(found[label]) >= PER_CLASS for label in range(min(len(classes), MOST_CLASSES))):
+            break
+    lines = []
+    for label, name in enumerate(classes[:MOST_CLASSES]):
+        if not found[label]:
+            continue
+        strip, width, height = _strip(found[label])
+        image = (
+            picture(strip, f"synthetic images of {name}", width)
+            .replace(f'height="{width}"', f'height="{height}"', 1)
+            .replace("<img", '<img class="strip"', 1)
+        )
+        lines.append(f"<span>{escape(name)}</span>{image}")
+    if not lines:
+        return ""
+    rest = f" The first {MOST_CLASSES} of {len(classes)} classes." if len(classes) > MOST_CLASSES else ""
+    return (
+        '<section><h2>What the student saw</h2><p class="note">The first images of each class in the shards, as '
+        f'asked for in the prompt.{rest}</p><div class="strips">{"".join(lines)}</div></section>'
+    )
+
+
+def _collect(path: Path, found: dict[int, list[Image.Image]], classes: int) -> None:
+    """Put the tar's images into ``found`` by their class, until each class has enough."""
+    image: bytes | None = None
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            stream = tar.extractfile(member)
+            content = stream.read() if stream else b""
+            if not member.name.endswith(".json"):
+                image = content
+                continue
+            label = json.loads(content).get("class")
+            if image is not None and isinstance(label, int) and 0 <= label < classes and len(found[label]) < PER_CLASS:
+                picture_ = Image.open(io.BytesIO(image))
+                picture_.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
+                found[label].append(picture_.convert("L" if picture_.mode == "L" else "RGB"))
+            image = None
+
+
+def _strip(images: list[Image.Image]) -> tuple[bytes, int, int]:
+    """PNG of a class's images side by side with gaps, always as wide as ``PER_CLASS`` of them; width and height."""
+    edge, gap = images[0].width, max(1, images[0].width // 16)
+    strip = Image.new("LA" if images[0].mode == "L" else "RGBA", (PER_CLASS * (edge + gap) - gap, images[0].height))
+    for place, image in enumerate(images):
+        strip.paste(image.convert(strip.mode), (place * (edge + gap), 0))
+    stream = io.BytesIO()
+    strip.save(stream, "PNG", optimize=True)
+    return stream.getvalue(), strip.width, strip.height
+
+
+def _embedded(folder: Path, name: str | None) -> bytes | None:
+    """Bytes of a preview image, scaled down where it is large."""
+    path = folder / Path(name).name if name else None
+    if path is None or not path.is_file():
+        return None
+    with Image.open(path) as image:
+        if max(image.size) <= SHOWN_PIXELS:
+            return path.read_bytes()
+        image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
+        stream = io.BytesIO()
+        image.save(stream, "PNG")
+        return stream.getvalue()
+
+
+def _shown(size: int) -> int:
+    """CSS pixels of an image's edge: a whole multiple of a small image, so that its pixels stay square."""
+    return size * max(1, 64 // size) if size < SHOWN_PIXELS else SHOWN_PIXELS

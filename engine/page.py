@@ -1,0 +1,114 @@
+"""The look of the report: one HTML page that loads nothing, light and dark, readable on a phone."""
+
+import base64
+from collections.abc import Iterable
+from html import escape
+
+STYLE = """
+:root { --paper: #fbfaf8; --card: #fff; --ink: #1d1d1f; --muted: #6b6b70; --line: #e4e2dd; --accent: #2857c8;
+  --s0: #2857c8; --s1: #c8552b; --s2: #2c8a57; --s3: #8a4fb8; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #16171a; --card: #1e2024; --ink: #ececee; --muted: #9a9ba1; --line: #33353b; --accent: #7ea2ff;
+    --s0: #7ea2ff; --s1: #f08a5d; --s2: #63c28e; --s3: #c390ea; } }
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 1020px; margin: 0 auto; padding: 36px 20px 72px; }
+h1 { font-size: 28px; line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 19px; letter-spacing: -0.01em; margin: 48px 0 4px; }
+h3 { font-size: 15px; margin: 24px 0 8px; }
+p { margin: 0 0 14px; max-width: 70ch; }
+.note, figcaption, .muted { color: var(--muted); font-size: 13.5px; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); gap: 1px; margin: 24px 0 0;
+  background: var(--line); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
+.numbers div { background: var(--card); padding: 12px 14px; }
+.numbers b { display: block; font-size: 22px; line-height: 1.25; font-weight: 600; letter-spacing: -0.02em;
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
+.numbers span { color: var(--muted); font-size: 12.5px; }
+.classes { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 20px 24px;
+  margin-top: 16px; }
+.classes h3 { margin: 0 0 6px; font-weight: 600; overflow-wrap: anywhere; }
+.pairs { display: flex; flex-wrap: wrap; gap: 12px; }
+.pair { display: grid; grid-template-columns: auto auto; gap: 2px; }
+.pair span, .mix span { font-size: 11.5px; color: var(--muted); text-align: center; }
+img { display: block; image-rendering: pixelated; border-radius: 3px; background: var(--line); max-width: 100%; }
+.missing { display: grid; place-items: center; border: 1px dashed var(--line); border-radius: 3px;
+  color: var(--muted); font-size: 11px; }
+.strip { width: 100%; height: auto; }
+.strips { display: grid; grid-template-columns: minmax(70px, 110px) 1fr; gap: 6px 12px; align-items: center;
+  margin-top: 16px; font-size: 13.5px; overflow-wrap: anywhere; }
+.mixes { display: flex; flex-wrap: wrap; gap: 20px 40px; margin-top: 16px; }
+.mix { display: flex; align-items: center; gap: 8px; flex-wrap: wrap; }
+.mix figure { margin: 0; display: grid; justify-items: center; gap: 2px; }
+.boxed { position: relative; }
+.boxed i { position: absolute; border: 2px solid var(--s1); border-radius: 2px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 20px;
+  margin-top: 16px; }
+.chart { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 12px 12px 8px; }
+.chart figcaption { display: flex; justify-content: space-between; gap: 4px 16px; flex-wrap: wrap; }
+.chart figcaption b { color: var(--ink); font-weight: 600; }
+.legend { display: flex; gap: 12px; flex-wrap: wrap; }
+.legend span::before { content: ""; display: inline-block; width: 14px; height: 3px; border-radius: 2px;
+  margin: 0 5px 3px 0; background: var(--s0); }
+.legend .k1::before { background: var(--s1); } .legend .k2::before { background: var(--s2); }
+.legend .k3::before { background: var(--s3); }
+svg { width: 100%; height: auto; display: block; }
+svg text { font-size: 11px; fill: var(--muted); font-variant-numeric: tabular-nums; }
+svg .grid { stroke: var(--line); stroke-width: 1; }
+svg polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke: var(--s0); }
+svg .s1 { stroke: var(--s1); } svg .s2 { stroke: var(--s2); } svg .s3 { stroke: var(--s3); }
+svg circle { fill: var(--s0); } svg .c1 { fill: var(--s1); } svg .c2 { fill: var(--s2); } svg .c3 { fill: var(--s3); }
+.bars { display: grid; gap: 6px; margin: 12px 0; max-width: 640px; }
+.bar { display: grid; grid-template-columns: minmax(84px, 130px) 1fr 76px; gap: 12px; align-items: center;
+  font-size: 13.5px; }
+.bar > span { overflow-wrap: anywhere; } .bar > span:last-child { text-align: right;
+  font-variant-numeric: tabular-nums; }
+.bar i { height: 10px; background: var(--line); border-radius: 5px; overflow: hidden; }
+.bar b { display: block; height: 100%; background: var(--accent); border-radius: 5px; }
+.scroll { overflow-x: auto; margin-top: 12px; }
+table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
+.heat td { min-width: 38px; height: 30px; text-align: center; border-radius: 3px;
+  background: color-mix(in srgb, var(--accent) var(--v, 0%), var(--card)); }
+.heat { border-collapse: separate; border-spacing: 2px; }
+.heat .strong { color: #fff; } .heat thead td { background: none; }
+.heat th { font-weight: 400; color: var(--muted); text-align: right; padding-right: 8px; white-space: nowrap; }
+.heat thead th { vertical-align: bottom; padding: 0 0 6px; }
+.heat thead th span { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; }
+.facts th { text-align: left; font-weight: 400; color: var(--muted); padding: 4px 18px 4px 0; vertical-align: top;
+  white-space: nowrap; }
+.facts td { padding: 4px 0; overflow-wrap: anywhere; } .facts tr + tr > * { border-top: 1px solid var(--line); }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 8px 48px;
+  align-items: start; }
+details { margin-top: 12px; } summary { cursor: pointer; color: var(--accent); }
+code, pre { font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px;
+  overflow-x: auto; }
+@media (prefers-color-scheme: dark) { .heat .strong { color: #101216; } }
+@media (max-width: 520px) { main { padding: 24px 14px 48px; } h1 { font-size: 23px; } .numbers b { font-size: 18px; }
+  .facts th { white-space: normal; padding-right: 12px; } }
+"""
+
+
+def page(title: str, body: str) -> str:
+    """The whole document; ``body`` is HTML, ``title`` is escaped."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
+    )
+
+
+def picture(content: bytes | None, alternative: str, size: int, kind: str = "png") -> str:
+    """An embedded square image shown ``size`` CSS pixels wide; a dashed box where there is none."""
+    if content is None:
+        return f'<div class="missing" style="width:{size}px;height:{size}px">none</div>'
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{escape(alternative)}" width="{size}" height="{size}" src="data:image/{kind};base64,{data}">'
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> str:
+    """A table of names and values, both plain text."""
+    lines = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows)
+    return f'<table class="facts">{lines}</table>'

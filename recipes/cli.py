@@ -1,0 +1,223 @@
+"""The command line ``diffdfkd``: thin, fast to start, one line for a mistake.
+
+Exit codes: 0 done, 1 an unexpected error with its traceback, 2 bad input, 130 interrupted.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe import load_recipe
+
+HELP = """Distil a classifier into a smaller student without a single real image.
+
+A recipe names a diffusion prior, a teacher and a student. The prior, steered by the teacher, makes images;
+the student learns from the teacher on those images alone; real images are read by evaluation only.
+
+\b
+  diffdfkd run fashion                      the demo, end to end, on a CPU
+  diffdfkd run fashion output=runs/a seed=1 synthesis.steps=20
+  diffdfkd run my-recipe.yaml               your own teacher and prior
+
+A recipe is a packaged name or a YAML file. Any field of it can be overridden by key=value, where the value is
+YAML: guidance.mode=none, guidance.window=[0,0.8], evaluation.images=null.
+
+Every command can be killed and continued by typing it again.
+"""
+
+app = typer.Typer(
+    help=HELP, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
+)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Name of a packaged recipe, or a YAML file.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the recipe, such as output=runs/a seed=1."),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"diffdfkd {version('diffdfkd')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error, and warnings.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of all commands; both are acted on before this is called."""
+
+
+@app.command()
+def run(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Everything: synthesis and distillation in rounds, evaluation, report.
+
+    \b
+      diffdfkd run fashion output=runs/fashion seed=0
+      diffdfkd run fashion output=runs/small synthesis.images_per_class=20 distillation.steps=100
+      diffdfkd run fashion output=runs/unguided guidance.mode=none
+
+    \b
+    Leaves in the output folder:
+      result.json                 accuracies as fractions, times in seconds, versions
+      report.html                 one page with pictures and curves; needs no network
+      synthetic/round-*/*.tar     the images as WebDataset shards, manifest.jsonl beside them
+      student/student.safetensors the student; a snapshot after each round beside it
+      recipe.yaml                 every setting spelled out, with versions and digests
+      metrics.jsonl, tensorboard/ what was measured on the way
+
+    Killed at any moment, the same command continues and ends with the same student. A folder that holds a run
+    of another recipe is refused; evaluation.* may differ, and with rounds=1 synthesis.images_per_class may grow
+    (the student is then trained again).
+    """
+    resolved = load_recipe(recipe, overrides or ())
+    from diffdfkd.recipes.figures import summary
+    from diffdfkd.recipes.run import run as run_recipe
+
+    typer.echo(summary(run_recipe(resolved), Path(resolved.output)))
+
+
+@app.command()
+def synthesize(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Only the images: all missing shards of the first round.
+
+    \b
+      diffdfkd synthesize fashion output=runs/images synthesis.images_per_class=50
+
+    Writes output/synthetic/round-000/shard-*.tar (images with .json records: class, seed, losses, CutMix
+    parents) and output/synthetic/manifest.jsonl. With rounds=1 these are all the images. With more, the later
+    rounds need a student: `diffdfkd run` makes them, and continues from these.
+    """
+    resolved = load_recipe(recipe, overrides or ())
+    from diffdfkd.recipes.synthesize import synthesize as synthesize_recipe
+
+    typer.echo(synthesize_recipe(resolved))
+
+
+@app.command()
+def distill(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of images, with one sub-folder a class, or of WebDataset .tar shards, or one .tar."),
+    ] = None,
+) -> None:
+    """Only the student: learn from the teacher on images that exist already.
+
+    \b
+      diffdfkd distill fashion output=runs/fashion
+      diffdfkd distill fashion --images ~/my-images output=runs/mine distillation.steps=3000
+      torchrun --nproc-per-node 2 -m diffdfkd.recipes.cli distill fashion output=runs/two
+
+    Without --images the shards in output/synthetic are taken. Labels are not used: the teacher's soft labels are.
+    Writes output/student/student.safetensors, result.json and report.html; continues from its checkpoints.
+    """
+    resolved = load_recipe(recipe, overrides or ())
+    from diffdfkd.recipes.distill import distill as distill_recipe
+    from diffdfkd.recipes.figures import summary
+
+    result = distill_recipe(resolved, images)
+    if result is not None:
+        typer.echo(summary(result, Path(resolved.output)))
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeArgument,
+    student: Annotated[Path, typer.Option(help="Weights of the student, .safetensors.", show_default=False)],
+    overrides: Overrides = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder with one sub-folder a class, or an IDX file; the recipe's test images by default."),
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="IDX labels, if not beside the images.")] = None,
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to.")] = None,
+) -> None:
+    """Only the figures: accuracy of a student file on real images.
+
+    \b
+      diffdfkd evaluate fashion --student runs/fashion/student/student.safetensors --json figures.json
+      diffdfkd evaluate fashion --student s.safetensors --images my-test-images/ --json figures.json
+      diffdfkd evaluate fashion --student s.safetensors --images t10k-images-idx3-ubyte.gz --json figures.json
+
+    Sub-folders are named like the teacher's classes, or numbered from 0 in their order. Writes accuracy,
+    per_class, images, calibration_error and, where the recipe names teacher weights, teacher_accuracy and
+    agreement; all but the counts are fractions.
+    """
+    resolved = load_recipe(recipe, overrides or ())
+    from diffdfkd.recipes.evaluate import evaluate as evaluate_recipe
+    from diffdfkd.recipes.evaluate import summary
+
+    typer.echo(summary(evaluate_recipe(resolved, student, images=images, labels=labels, json_file=json)))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run.", show_default=False)],
+) -> None:
+    """Write DIR/report.html again from what lies in a run's folder.
+
+    \b
+      diffdfkd report runs/fashion
+
+    Works on a run that is still going on, too: sections without data yet are left out.
+    """
+    from diffdfkd.engine.report import write_report
+
+    typer.echo(f"wrote {write_report(folder)}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; leaves the process with the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Taken from any place, since one types it after a command has failed.
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
+    if not debug:
+        _hush()
+    try:
+        code = app(arguments, prog_name="diffdfkd", standalone_mode=False)
+    except UserError as error:
+        if debug:
+            raise
+        code = _complain(str(error))
+    except typer.TyperException as error:
+        if debug or not hasattr(error, "format_message"):
+            raise
+        code = _complain(f"{error.format_message()} (diffdfkd --help explains)")
+    except KeyboardInterrupt:
+        code = 130
+    if code == 130:
+        print("interrupted; the same command resumes", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _hush() -> None:
+    """Other packages' start-up warnings are none of the user's business; --debug shows them."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    for package in ("diffusers", "transformers", "huggingface_hub", "torch", "DeepSpeed", "deepspeed", "xformers"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The student alone, from images that exist: a run's own shards, any WebDataset, any folder of images.
+
+diffdfkd distill fashion --images my-images output=runs/mine
+torchrun --nproc-per-node 2 -m diffdfkd.recipes.cli distill fashion output=runs/two
+"""
+
+import hashlib
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe import Recipe
+from diffdfkd.recipes.figures import finish, finished, stage
+from diffdfkd.recipes.run import load_classifiers, save_student, session, shard_images, use_device
+from diffdfkd.recipes.run_folder import RunFolder, claim, rank
+
+if TYPE_CHECKING:
+    from diffdfkd.engine.images import Images
+
+
+def distill(recipe: Recipe, images: Path | None = None, *, progress: bool = True) -> dict[str, Any] | None:
+    """Train and evaluate a student on the images, or on the shards in the recipe's output folder.
+
+    Returns what ``result.json`` holds; None on every rank but the first of a launch. Raises UserError as ``run`` does.
+    """
+    from diffdfkd.engine.distillation import distill as train
+
+    with claim(recipe, prior=images is None, images=images) as folder:
+        recipe = folder.recipe
+        use_device(recipe)
+        started = time.perf_counter()
+        data, digest = own_shards(folder) if images is None else foreign_images(recipe, images)
+        if rank() == 0 and (result := finished(folder)) is not None and result.get("data_digest") in (None, digest):
+            return result
+        teacher, student, test = load_classifiers(recipe)
+        with ExitStack() as stack:
+            journal = None
+            if rank() == 0:
+                folder.freeze()
+                journal = stack.enter_context(session(folder, "distill", time.perf_counter() - started))
+                stack.enter_context(stage(journal, "distillation", recipe))
+            summary = train(
+                student,
+                teacher,
+                data,
+                recipe.distillation,
+                folder.path / "student",
+                seed=recipe.seed,
+                data_digest=digest,
+                journal=journal,
+                device=recipe.device,
+                progress=progress,
+            )
+            if journal is None:
+                return None
+        with session(folder, "evaluate") as journal:
+            save_student(student, folder.student, recipe)
+            return finish(folder, teacher, test, journal, summary, progress, data_digest=digest)
+
+
+def own_shards(folder: RunFolder) -> tuple["Images", str]:
+    """Images of the output folder's shards, which must all be there, and their digest."""
+    from diffdfkd.engine.plan import shard_plan
+    from diffdfkd.engine.shards import DamagedShard, round_folder, shard_path, verify_shard
+
+    recipe, root = folder.recipe, folder.path / "synthetic"
+    if recipe.rounds > 1:
+        raise UserError(
+            f"rounds: got {recipe.rounds}, where synthesis and distillation take turns: that is `diffdfkd run`; or "
+            f"give --images {root}, rounds=1 and another output folder"
+        )
+    for plan in shard_plan(recipe, 0):
+        try:
+            verify_shard(shard_path(round_folder(root, 0), plan.index))
+        except DamagedShard as reason:
+            raise UserError(
+                f"output: {root} is not complete ({reason}); `diffdfkd synthesize` with the same recipe makes what is "
+                "missing, or give --images"
+            ) from None
+    return shard_images(folder, 1)
+
+
+def foreign_images(recipe: Recipe, path: Path) -> tuple["Images", str]:
+    """Images of any folder or tar, resized to the teacher's input, and a digest of the files' names and sizes."""
+    from diffdfkd.engine.images import open_images
+
+    if not path.exists():
+        raise UserError(f"--images: {path}: no such file or folder")
+    teacher = recipe.teacher
+    images = open_images(path, channels=teacher.channels, size=teacher.size, interpolation=teacher.interpolation)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    names = "".join(f"{file.relative_to(path.parent).as_posix()} {file.stat().st_size}\n" for file in files)
+    return images, hashlib.sha256(names.encode()).hexdigest()

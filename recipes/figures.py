@@ -1,0 +1,180 @@
+"""The figures of a run: its last act, ``result.json`` and the report, and what they are taken from."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffdfkd.engine.recipe import Recipe
+from diffdfkd.recipes.run_folder import RunFolder, versions
+
+if TYPE_CHECKING:
+    from diffdfkd.engine.classifier import Classifier
+    from diffdfkd.engine.distillation import DistillationSummary
+    from diffdfkd.engine.evaluation import Evaluation
+    from diffdfkd.engine.images import Images
+    from diffdfkd.engine.journal import Journal
+
+
+def finish(
+    folder: RunFolder,
+    teacher: "Classifier",
+    test: "Images | None",
+    journal: "Journal",
+    summary: "DistillationSummary | None",
+    progress: bool,
+    **more: Any,
+) -> dict[str, Any]:
+    """Evaluate the student file, write ``result.json`` and the report, return the former."""
+    from diffdfkd.engine.classifier import build_classifier
+    from diffdfkd.engine.evaluation import evaluate
+    from diffdfkd.engine.report import write_report
+    from diffdfkd.engine.shards import write_atomic
+
+    recipe = folder.recipe
+    evaluation = None
+    if test is not None:
+        weights = recipe.student.model_copy(update={"weights": str(folder.student)})
+        student = build_classifier(weights, recipe.teacher, field="student")
+        with stage(journal, "evaluation", recipe):
+            evaluation = evaluate(
+                student,
+                test,
+                teacher=teacher,
+                batch_size=recipe.evaluation.batch_size,
+                device=recipe.device,
+                progress=progress,
+            )
+    result = {**figures(folder, evaluation, summary), **more}
+    write_atomic(folder.result, (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+    write_report(folder.path)
+    return result
+
+
+def figures(
+    folder: RunFolder, evaluation: "Evaluation | None", summary: "DistillationSummary | None"
+) -> dict[str, Any]:
+    """Content of ``result.json``; accuracies are fractions, and None without test images."""
+    from diffdfkd.engine.accounts import accounts
+    from diffdfkd.engine.classifier import digest
+    from diffdfkd.engine.journal import read_journal
+    from diffdfkd.engine.shards import list_shards
+
+    recipe = folder.recipe
+    rows = read_journal(folder.journal)
+    account = accounts(rows)
+    root = folder.path / "synthetic"
+    sidecars = [] if folder.images else [s for round in range(recipe.rounds) for s in list_shards(root, round)]
+    last: dict[str, Any] = next((row for row in reversed(rows) if row["event"] == "distilled"), {})
+    return {
+        "student_accuracy": evaluation.accuracy if evaluation else None,
+        "teacher_accuracy": evaluation.teacher_accuracy if evaluation else None,
+        "agreement": evaluation.agreement if evaluation else None,
+        "calibration_error": evaluation.calibration_error if evaluation else None,
+        "per_class": evaluation.per_class if evaluation else None,
+        "test_images": evaluation.images if evaluation else None,
+        "images": sum(sidecar.images for sidecar in sidecars) if sidecars else last.get("images"),
+        "dropped": sum(sidecar.dropped for sidecar in sidecars),
+        "images_per_second": account.images_per_second,
+        "synthesis_seconds": account.synthesis_seconds,
+        "distillation_seconds": account.distillation_seconds,
+        "wall_seconds": account.wall_seconds,
+        "peak_memory_mib": account.peak_memory_mib,
+        "memory_kind": "gpu_allocated" if recipe.device == "cuda" else "rss",
+        "device": recipe.device,
+        "threads": recipe.threads,
+        "seed": recipe.seed,
+        "rounds": recipe.rounds,
+        "distillation_steps": recipe.distillation.steps,
+        "distillation_loss": summary.loss if summary else last.get("loss"),
+        "holdout_agreement": summary.holdout_agreement if summary else last.get("holdout_agreement"),
+        "versions": versions(),
+        "student_sha256": digest(folder.student),
+        "evaluation": recipe.evaluation.model_dump(),
+        "classes": recipe.teacher.classes,
+        "confusion": evaluation.confusion if evaluation else None,
+    }
+
+
+def finished(folder: RunFolder) -> dict[str, Any] | None:
+    """The result of a run to which nothing is left to do: every shard whole, the student and the figures there."""
+    from diffdfkd.engine.classifier import digest
+    from diffdfkd.engine.plan import shard_plan
+    from diffdfkd.engine.report import write_report
+    from diffdfkd.engine.shards import DamagedShard, round_folder, shard_path, verify_shard
+
+    recipe = folder.recipe
+    if folder.grown or not folder.result.is_file() or not folder.student.is_file():
+        return None
+    result = json.loads(folder.result.read_text(encoding="utf-8"))
+    if result["student_sha256"] != digest(folder.student) or result["evaluation"] != recipe.evaluation.model_dump():
+        return None
+    plans = [] if folder.images else [plan for round in range(recipe.rounds) for plan in shard_plan(recipe, round)]
+    try:
+        for plan in plans:
+            verify_shard(shard_path(round_folder(folder.path / "synthetic", plan.round), plan.index))
+    except DamagedShard:
+        return None
+    if not (folder.path / "report.html").is_file():
+        write_report(folder.path)
+    return result
+
+
+@contextmanager
+def stage(journal: "Journal", name: str, recipe: Recipe) -> Iterator[None]:
+    """Log the time of a part of the run, and the process's highest memory up to its end."""
+    started = time.perf_counter()
+    yield
+    journal.log(
+        "stage",
+        stage=name,
+        seconds=round(time.perf_counter() - started, 3),
+        peak_memory_mib=round(peak_memory(recipe), 1),
+    )
+
+
+def peak_memory(recipe: Recipe) -> float:
+    """MiB: allocated on the GPU, or resident memory of this process on a CPU."""
+    if recipe.device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # getrusage also counts the parent's memory between fork and exec; the high-water mark does not.
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+
+
+def summary(result: dict[str, Any], output: Path) -> str:
+    """What a person wants to know when the command is done."""
+    lines = []
+    if result["student_accuracy"] is not None:
+        lines += [
+            f"student   {result['student_accuracy']:.2%} of {result['test_images']:,} real test images",
+            f"teacher   {result['teacher_accuracy']:.2%}, the student agrees with it on {result['agreement']:.2%}",
+        ]
+    else:
+        lines.append("student   not evaluated: evaluation.images names no real images")
+    images = f"images    {result['images']:,}"
+    if result["images_per_second"]:
+        images += f" at {result['images_per_second']:.1f} a second, {_clock(result['synthesis_seconds'])}"
+    lines.append(images)
+    lines.append(
+        f"time      {_clock(result['wall_seconds'])} in all, distillation {_clock(result['distillation_seconds'])}; "
+        f"memory {(result['peak_memory_mib'] or 0) / 1024:.2f} GiB"
+    )
+    lines.append(f"report    {output / 'report.html'}")
+    return "\n".join(lines)
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"

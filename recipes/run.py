@@ -1,0 +1,197 @@
+"""A run from teacher and prior to a distilled student, its figures and its report.
+
+diffdfkd run fashion output=runs/fashion seed=0
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe import Recipe
+from diffdfkd.recipes.figures import finish, finished, stage
+from diffdfkd.recipes.run_folder import RunFolder, claim, versions, world_size
+
+if TYPE_CHECKING:
+    from diffdfkd.engine.classifier import Classifier
+    from diffdfkd.engine.distillation import DistillationSummary
+    from diffdfkd.engine.images import Images
+    from diffdfkd.engine.journal import Journal
+    from diffdfkd.engine.prior import Prior
+
+
+def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
+    """Synthesis and distillation in rounds, evaluation, report; returns what ``result.json`` holds.
+
+    Continues what the recipe's output folder already holds, and does nothing where that is finished. Raises UserError
+    for what the user can mend.
+    """
+    from diffdfkd.engine.synthesis import preview_pairs, synthesize
+
+    if world_size() > 1:
+        raise UserError("run: synthesis is one process; launch `diffdfkd distill` with torchrun, and run alone")
+    with claim(recipe) as folder:
+        recipe = folder.recipe
+        use_device(recipe)
+        if (result := finished(folder)) is not None:
+            return result
+        started = time.perf_counter()
+        prior, teacher, student, test = load(recipe)
+        folder.freeze()
+        with session(folder, "run", time.perf_counter() - started) as journal:
+            summary = None
+            for round in range(recipe.rounds):
+                models = models_of(prior, teacher, folder, round)
+                with stage(journal, "synthesis", recipe):
+                    synthesize(recipe, models, round, folder.path, journal, progress)
+                if round == 0:
+                    with stage(journal, "preview", recipe):
+                        preview_pairs(recipe, models, folder.path, journal)
+                if not folder.snapshot_of(round).is_file():
+                    with stage(journal, "distillation", recipe):
+                        summary = distil_round(student, teacher, folder, round, journal, progress)
+            publish(folder.snapshot, folder.student)
+            return finish(folder, teacher, test, journal, summary, progress, prior_licence=prior.licence)
+
+
+def load(recipe: Recipe) -> tuple["Prior", "Classifier", "Classifier", "Images | None"]:
+    """All that the recipe names: prior and teacher on its device, a fresh student and the test images."""
+    from diffdfkd.engine.prior import load_prior
+
+    teacher, student, test = load_classifiers(recipe)
+    return load_prior(recipe.prior, recipe.device), teacher, student, test
+
+
+def load_classifiers(recipe: Recipe) -> tuple["Classifier", "Classifier", "Images | None"]:
+    """Teacher, frozen, and student, fresh, on the recipe's device; test images where the recipe names some."""
+    from diffdfkd.engine.classifier import build_classifier
+
+    teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher").to(recipe.device)
+    student = build_classifier(recipe.student, recipe.teacher, field="student", seed=recipe.seed).to(recipe.device)
+    return teacher, student, open_test(recipe)
+
+
+def open_test(recipe: Recipe) -> "Images | None":
+    """The recipe's real test images, or None."""
+    from diffdfkd.engine.images import open_images
+
+    if recipe.evaluation.images is None:
+        return None
+    teacher = recipe.teacher
+    return open_images(
+        recipe.evaluation.images,
+        recipe.evaluation.labels,
+        channels=teacher.channels,
+        classes=teacher.classes,
+        size=teacher.size,
+        interpolation=teacher.interpolation,
+    )
+
+
+def models_of(prior: "Prior", teacher: "Classifier", folder: RunFolder, round: int) -> Any:
+    """Networks of a round's synthesis; from the second round on with the previous round's student, read from disk."""
+    from diffdfkd.engine.classifier import build_classifier
+    from diffdfkd.engine.synthesis import Models
+
+    recipe = folder.recipe
+    if round == 0:
+        return Models(prior, teacher)
+    weights = recipe.student.model_copy(update={"weights": str(folder.snapshot_of(round - 1))})
+    student = build_classifier(weights, recipe.teacher, field="student")
+    return Models(prior, teacher, student.to(recipe.device).requires_grad_(False).eval())
+
+
+def distil_round(
+    student: "Classifier", teacher: "Classifier", folder: RunFolder, round: int, journal: "Journal", progress: bool
+) -> "DistillationSummary":
+    """Train on the images of all rounds so far, up to this round's share of the steps; leaves the round's snapshot."""
+    from diffdfkd.engine.distillation import distill
+
+    recipe = folder.recipe
+    images, digest = shard_images(folder, round + 1)
+    summary = distill(
+        student,
+        teacher,
+        images,
+        recipe.distillation,
+        folder.path / "student",
+        seed=recipe.seed,
+        until_step=-(-recipe.distillation.steps * (round + 1) // recipe.rounds),
+        data_digest=digest,
+        journal=journal,
+        device=recipe.device,
+        progress=progress,
+    )
+    save_student(student, folder.snapshot_of(round), recipe)
+    return summary
+
+
+def shard_images(folder: RunFolder, rounds: int) -> tuple["Images", str]:
+    """Images of the shards of the first rounds, and a digest of their bytes."""
+    import hashlib
+
+    from diffdfkd.engine.images import TarImages
+    from diffdfkd.engine.shards import list_shards, round_folder
+
+    root, teacher = folder.path / "synthetic", folder.recipe.teacher
+    tars: list[Path] = []
+    sha256 = hashlib.sha256()
+    for round in range(rounds):
+        for sidecar in list_shards(root, round):
+            tars.append(round_folder(root, round) / sidecar.shard)
+            sha256.update(bytes.fromhex(sidecar.sha256))
+    return TarImages(tars, channels=teacher.channels, classes=teacher.classes), sha256.hexdigest()
+
+
+def save_student(student: "Classifier", path: Path, recipe: Recipe) -> None:
+    """Weights with what it takes to use them; equal students give equal bytes."""
+    from diffdfkd.engine.classifier import save_classifier
+
+    teacher = recipe.teacher
+    about = {
+        "architecture": recipe.student.architecture,
+        "options": recipe.student.options,
+        "classes": teacher.classes,
+        "channels": teacher.channels,
+        "size": teacher.size,
+        "mean": teacher.mean,
+        "std": teacher.std,
+        "interpolation": teacher.interpolation,
+    }
+    save_classifier(
+        student, path, {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
+    )
+
+
+def publish(snapshot: Path, student: Path) -> None:
+    """The last snapshot under the name that scripts rely on."""
+    from diffdfkd.engine.shards import write_atomic
+
+    content = snapshot.read_bytes()
+    if not student.is_file() or student.read_bytes() != content:
+        write_atomic(student, content)
+
+
+def use_device(recipe: Recipe) -> None:
+    """Threads and, on a GPU, reproducible convolutions, before the first tensor is computed."""
+    import torch
+
+    torch.set_num_threads(recipe.threads or 1)
+    if recipe.device == "cuda":
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def session(folder: RunFolder, command: str, before: float = 0.0) -> Iterator["Journal"]:
+    """Journal of one process's work on the run, ``before`` being the seconds that it has spent so far."""
+    from diffdfkd.engine.journal import Journal
+    from diffdfkd.engine.shards import remove_temporary
+
+    remove_temporary(folder.path)
+    with Journal(folder.journal, folder.path / "tensorboard") as journal:
+        journal.log("session", command=command, versions=versions(), seconds_before=before)
+        yield journal

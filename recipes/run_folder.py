@@ -1,0 +1,268 @@
+"""A run's folder: one process at a time, one recipe for good, settled on first use and frozen into ``recipe.yaml``."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
+
+PACKAGES = ("torch", "diffusers", "transformers", "deepspeed", "triton", "diffdfkd")
+MAY_DIFFER = ("output", "evaluation.images", "evaluation.labels", "evaluation.batch_size")
+BY_CONTENT = {"prior.path": "prior", "teacher.weights": "teacher", "student.weights": "student"}
+"""Paths that may differ as long as what lies there has the digest that was frozen."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A claimed folder with the recipe as it is run: device, threads and paths settled."""
+
+    recipe: Recipe
+    path: Path
+    digests: Mapping[str, str]
+    """SHA-256 of the files of prior, teacher and student weights, as far as they are given and used."""
+    images: str | None
+    """Folder or tar that the student learns from in the place of the run's own shards."""
+    grown: bool
+    """More images per class are asked for than the folder's recipe says."""
+
+    @property
+    def snapshot(self) -> Path:
+        """Snapshot of the last round."""
+        return self.snapshot_of(self.recipe.rounds - 1)
+
+    @property
+    def student(self) -> Path:
+        return self.path / "student" / "student.safetensors"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def snapshot_of(self, round: int) -> Path:
+        return self.path / "student" / f"round-{round:03d}.safetensors"
+
+    def freeze(self) -> None:
+        """Write ``recipe.yaml``: every field, the versions of packages and the digests of weights.
+
+        Called once everything that the recipe names has been loaded, so that a mistake does not bind the folder.
+        """
+        import shutil
+
+        from diffdfkd.engine.shards import write_atomic
+
+        if self.grown:
+            # The student of fewer images is another student: it is trained again, on all of them.
+            self.result.unlink(missing_ok=True)
+            shutil.rmtree(self.path / "student", ignore_errors=True)
+        file = self.path / "recipe.yaml"
+        frozen: dict[str, Any] = {"digests": dict(self.digests), "versions": versions()}
+        if self.images is not None:
+            frozen["images"] = self.images
+        if (before := _frozen(self.path)) is not None and not _empty(self.path):
+            # Versions are those that the run began with; digests that this command does not use are kept.
+            frozen["versions"] = before.get("versions", frozen["versions"])
+            frozen["digests"] = {**before.get("digests", {}), **frozen["digests"]}
+        content = {**dump_recipe(self.recipe), "frozen": frozen}
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+        write_atomic(file, f"# Written by diffdfkd; `diffdfkd run recipe.yaml output=...` repeats it.\n{text}".encode())
+
+
+@contextmanager
+def claim(recipe: Recipe, *, prior: bool = True, images: Path | None = None) -> Iterator[RunFolder]:
+    """Hold the recipe's output folder, made if need be, with the recipe settled against what was frozen there.
+
+    ``prior`` says whether the command uses the prior. Raises UserError if the folder cannot be written, is in use by
+    another process, or holds a run of another recipe. Of several processes of one launch, rank 0 holds it for all.
+    """
+    folder = Path(recipe.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"output: {folder} cannot be written ({error.strerror}); choose another folder") from None
+    try:
+        if rank() == 0:
+            _lock(lock, folder)
+        yield _settle(recipe, folder, prior, images)
+    finally:
+        os.close(lock)
+
+
+def settle_machine(recipe: Recipe, before: Recipe | None = None) -> Recipe:
+    """The recipe with device and threads chosen: as the run began, if it has, or else by what there is."""
+    device = recipe.device if recipe.device != "auto" else before.device if before else _device()
+    _check_device(device)
+    threads = recipe.threads or (before.threads if before else None) or _threads()
+    return recipe.model_copy(update={"device": device, "threads": threads})
+
+
+def rank() -> int:
+    """Of this process among those of a torchrun or DeepSpeed launch."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that a result depends on; None for one that is not installed."""
+    import platform
+
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def file_digests(recipe: Recipe, *, prior: bool) -> dict[str, str]:
+    """SHA-256 of the files that the recipe names; a hub id stands for itself with its commit."""
+    from diffdfkd.engine.classifier import digest
+
+    found = {}
+    if prior:
+        path = recipe.prior.path
+        found["prior"] = digest(path) if Path(path).is_dir() else f"{path}@{recipe.prior.revision}"
+    for field in ("teacher", "student"):
+        weights = getattr(recipe, field).weights
+        if weights is None:
+            continue
+        if not Path(weights).is_file():
+            raise UserError(f"{field}.weights: {weights}: no such file; name the file with the {field}'s state dict")
+        found[field] = digest(weights)
+    return found
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"output: {folder} is in use by another diffdfkd process; wait for it, or choose another folder"
+        ) from None
+
+
+def _settle(recipe: Recipe, folder: Path, prior: bool, images: Path | None) -> RunFolder:
+    digests = file_digests(recipe, prior=prior)
+    frozen = _frozen(folder)
+    before: Recipe | None = None
+    if frozen is not None and not _empty(folder):
+        before = load_recipe(folder / "recipe.yaml")
+    settled = _absolute(settle_machine(recipe, before))
+    source = None if images is None else str(images.resolve())
+    grown = False
+    if before is not None and frozen is not None:
+        if frozen.get("images") != source:
+            theirs = frozen.get("images") or "its own synthetic images"
+            raise UserError(
+                f"output: {folder} holds a student of {theirs}, this one is to learn from "
+                f"{source or 'synthetic images of its own'}; choose another output folder"
+            )
+        _refuse_other(before, settled, frozen.get("digests", {}), digests, folder)
+        grown = settled.synthesis.images_per_class > before.synthesis.images_per_class
+    return RunFolder(settled, folder, digests, source, grown)
+
+
+def _refuse_other(
+    before: Recipe, now: Recipe, frozen: Mapping[str, str], digests: Mapping[str, str], folder: Path
+) -> None:
+    """UserError that names the first field in which the folder's recipe differs from this one."""
+    theirs, ours = dict(_flat(dump_recipe(before))), dict(_flat(dump_recipe(now)))
+    for name, path in ((name, path) for path, name in BY_CONTENT.items()):
+        if name in frozen and name in digests and frozen[name] != digests[name]:
+            raise UserError(
+                f"{path}: the files at {ours.get(path)} are not those that the run in {folder} began with "
+                f"(SHA-256 {digests[name][:12]}, was {frozen[name][:12]}); choose another output folder"
+            )
+    for field in [*ours, *(field for field in theirs if field not in ours)]:
+        was: Any = theirs.get(field)
+        now_: Any = ours.get(field)
+        if was == now_ or field in MAY_DIFFER:
+            continue
+        if field in BY_CONTENT and was is not None and now_ is not None:
+            continue
+        if field == "synthesis.images_per_class" and now.rounds == 1 and now_ > was:
+            continue
+        raise UserError(
+            f"{field}: {folder} holds a run with {field}={was}, now it is {now_}; choose another output folder, or "
+            f"give {field}={was} to continue that run"
+        )
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _frozen(folder: Path) -> dict[str, Any] | None:
+    """What ``recipe.yaml`` of the folder says under ``frozen``; None where there is no run yet."""
+    file = folder / "recipe.yaml"
+    if not file.is_file():
+        return None
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    frozen = content.get("frozen") if isinstance(content, dict) else None
+    if not isinstance(frozen, dict):
+        raise UserError(f"output: {file} was not written by a run; choose another output folder")
+    return frozen
+
+
+def _empty(folder: Path) -> bool:
+    """Whether nothing has been made in the folder yet, so that its recipe may still be replaced."""
+    made = (*folder.glob("synthetic/round-*/shard-*"), *folder.glob("student/**/*"))
+    return not any(path.is_file() for path in made)
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    """The recipe with the paths of existing files and folders made absolute, so that any working folder will do."""
+
+    def settled(path: str | None) -> str | None:
+        return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+    evaluation = recipe.evaluation
+    return recipe.model_copy(
+        update={
+            "prior": recipe.prior.model_copy(update={"path": settled(recipe.prior.path)}),
+            "teacher": recipe.teacher.model_copy(update={"weights": settled(recipe.teacher.weights)}),
+            "student": recipe.student.model_copy(update={"weights": settled(recipe.student.weights)}),
+            "evaluation": evaluation.model_copy(
+                update={"images": settled(evaluation.images), "labels": settled(evaluation.labels)}
+            ),
+        }
+    )
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda is asked for, but torch finds no usable GPU; give device=cpu, in a new output")
+
+
+def _threads() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
