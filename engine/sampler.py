@@ -75,7 +75,8 @@ def sample(
     scale 1. ``sample_ids`` int64 [B] and ``seed`` draw the noise of stochastic samplers. Without a chain nothing is
     guided. Modes ``exact`` and ``reuse`` need a UNet stage that autograd can cross.
     """
-    batch, device = len(noise), noise.device
+    batch, channels, height, width = noise.shape
+    shape, device = (channels, height, width), noise.device
     rows = table.rows.to(device)
     timesteps = table.timesteps.to(device)
     noisy, multistep = ((rows[:, COLUMNS.index(name)] != 0).tolist() for name in ("noise", "previous"))
@@ -84,7 +85,7 @@ def sample(
     sample_ids = sample_ids.to(device)
 
     z = noise.float() * table.initial_scale
-    inputs = torch.empty((len(context), *z.shape[1:]), dtype=z.dtype, device=device, memory_format=torch.channels_last)
+    inputs = torch.empty((len(context), *shape), dtype=z.dtype, device=device, memory_format=torch.channels_last)
     write_inputs(inputs, z, rows[0])
     previous_x0 = None
     alive = torch.ones(batch, dtype=torch.bool, device=device)
@@ -119,7 +120,7 @@ def sample(
             gradient=gradient,
             step_size=size,
             alive=alive,
-            noise=philox_normal(seed, sample_ids, step, STEP_NOISE, z.shape[1:]) if noisy[step] else None,
+            noise=philox_normal(seed, sample_ids, step, STEP_NOISE, shape) if noisy[step] else None,
             partners=partners[step] if plan.mixes[step] else None,
             boxes=boxes[step] if plan.mixes[step] else None,
             out_input=None if last else inputs,

@@ -148,10 +148,9 @@ def guidance_chain(
     return chain
 
 
-def unet_specification(prior: Prior, rows: int, tokens: int) -> Specification:
+def unet_specification(latent_shape: tuple[int, int, int], rows: int, tokens: int, width: int) -> Specification:
     """Of the UNet stage on ``rows`` samples (twice the batch under classifier-free guidance)."""
-    latents = (rows, *prior.latent_shape)
-    width = int(prior.unet.config.cross_attention_dim)
+    latents = (rows, *latent_shape)
     return Specification(
         "unet",
         inputs=(

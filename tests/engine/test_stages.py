@@ -280,16 +280,17 @@ def test_chain_keeps_to_its_specification(decoder, teacher):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unet_and_decoder_keep_to_their_specification(tiny_prior, dtype):
-    prior = load_prior(PriorRecipe(path=str(tiny_prior)), torch.device("cpu"))
+    prior = load_prior(PriorRecipe(path=str(tiny_prior), dtype=str(dtype).removeprefix("torch.")), torch.device("cpu"))
     context = prior.embed(["a", "b"]).float()
-    specification = unet_specification(prior, 2, context.shape[1])
+    specification = unet_specification(prior.latent_shape, 2, *context.shape[1:])
     sample, timestep = torch.randn(2, *prior.latent_shape), torch.tensor([900.0, 900.0])
     check_ports(specification.inputs, (sample, timestep, context))
     with torch.no_grad():
         output = unet_stage(prior, dtype)(sample, timestep, context)
-        exact = prior.unet(sample, timestep, encoder_hidden_states=context).sample
+        plain_prior = load_prior(PriorRecipe(path=str(tiny_prior)), torch.device("cpu"))
+        exact = plain_prior.unet(sample, timestep, encoder_hidden_states=context).sample
         images = decode_stage(prior, dtype)(sample)
-        plain = prior.decode(sample)
+        plain = plain_prior.decode(sample)
     check_ports(specification.outputs, [output])
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
     torch.testing.assert_close(output, exact, **tolerance)
