@@ -109,7 +109,8 @@ def build_classifier(
         check_model(model, teacher.channels, teacher.size, len(teacher.classes), field=field)
     classifier = Classifier(model, preprocessing, teacher.classes)
     if field == "teacher":
-        return classifier.requires_grad_(False).eval()
+        # The layout in which CPU and GPU convolutions are fastest; nothing flattens a frozen network's parameters.
+        return classifier.requires_grad_(False).eval().to(memory_format=torch.channels_last)
     return classifier.requires_grad_(True).train()
 
 

@@ -29,13 +29,12 @@ def test_taps_give_the_inputs_of_the_layers_inside_the_graph() -> None:
         assert taps.names == ["1", "4", "7"]
         for name, kept in zip(taps.names, taps.inputs, strict=True):
             assert torch.equal(kept, model[: int(name)](images))
-        (gradient,) = torch.autograd.grad(sum(kept.square().mean() for kept in taps.inputs), images)
+        (gradient,) = torch.autograd.grad(torch.stack([kept.square().mean() for kept in taps.inputs]).sum(), images)
         assert gradient.abs().sum() > 0
         assert [mean.shape[0] for mean in taps.running_means] == [3, 4, 5]
         assert taps.running_variances[1] is model[4].running_var
         model(images * 2)
         assert torch.equal(taps.inputs[0], model[0](images * 2))
-        # The forward above did not begin at the model: nothing was recorded anew.
         taps.clear()
         with pytest.raises(UserError, match="1, 4, 7 took no part"):
             _ = taps.inputs
