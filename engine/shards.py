@@ -207,18 +207,19 @@ def verify_shard(path: Path) -> Sidecar:
     return sidecar
 
 
-def list_shards(root: Path) -> list[Sidecar]:
-    """Sidecars of all rounds below the data set's folder, by round and index; raises DamagedShard for a broken one."""
-    sidecars = [read_sidecar(path) for path in root.glob("round-*/shard-*.json")]
-    return sorted(sidecars, key=lambda sidecar: (sidecar.round, sidecar.index))
+def list_shards(root: Path, round: int) -> list[Sidecar]:
+    """A round's sidecars by index, ``root`` being the data set's folder; raises DamagedShard for a broken one."""
+    sidecars = [read_sidecar(path) for path in round_folder(root, round).glob("shard-*.json")]
+    return sorted(sidecars, key=lambda sidecar: sidecar.index)
 
 
-def write_manifest(root: Path) -> Path:
-    """``manifest.jsonl``, one line a shard in order, derived from the sidecars below ``root`` and nothing else."""
+def write_manifest(root: Path, rounds: int) -> Path:
+    """``manifest.jsonl``: a line for each shard of the first ``rounds`` rounds, from the sidecars and nothing else."""
     lines = []
-    for sidecar in list_shards(root):
-        line = sidecar.model_dump(mode="json", exclude={"version", "choices"})
-        line["shard"] = f"{round_folder(root, sidecar.round).name}/{sidecar.shard}"
-        lines.append(canonical_json(line) + b"\n")
+    for round in range(rounds):
+        for sidecar in list_shards(root, round):
+            line = sidecar.model_dump(mode="json", exclude={"version", "choices"})
+            line["shard"] = f"{round_folder(root, round).name}/{sidecar.shard}"
+            lines.append(canonical_json(line) + b"\n")
     write_atomic(root / MANIFEST, b"".join(lines))
     return root / MANIFEST

@@ -25,7 +25,7 @@ def content(root):
 def test_same_samples_give_the_same_bytes_at_any_time(tmp_path):
     for root in (tmp_path / "a", tmp_path / "b"):
         write(root)
-        shards.write_manifest(root)
+        shards.write_manifest(root, 1)
         os.utime(tmp_path, (1, 1))
     first, second = content(tmp_path / "a"), content(tmp_path / "b")
     assert first == second
@@ -111,12 +111,12 @@ def test_swapped_shards_are_found(tmp_path):
 def test_manifest_follows_the_sidecars(tmp_path):
     write(tmp_path, 1, samples(3, 2))
     write(tmp_path, 0)
-    lines = [json.loads(line) for line in shards.write_manifest(tmp_path).read_text().splitlines()]
+    lines = [json.loads(line) for line in shards.write_manifest(tmp_path, 1).read_text().splitlines()]
     assert [(line["shard"], line["images"]) for line in lines] == [
         ("round-000/shard-00000.tar", 3),
         ("round-000/shard-00001.tar", 2),
     ]
-    assert [line["sha256"] for line in lines] == [sidecar.sha256 for sidecar in shards.list_shards(tmp_path)]
+    assert [line["sha256"] for line in lines] == [sidecar.sha256 for sidecar in shards.list_shards(tmp_path, 0)]
 
 
 def test_atomic_write_replaces_whole_or_not_at_all(tmp_path):

@@ -1,0 +1,258 @@
+"""From sample ids and classes to images in bytes: one batch of the guided sampler, decoded, resized and encoded."""
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from diffdfkd.engine.classifier import Classifier, convert_channels
+from diffdfkd.engine.cutmix import CutMixPlan, plan_cutmix
+from diffdfkd.engine.plan import SAMPLES_PER_ROUND, ShardPlan, class_labels, sample_ids, weights_digest
+from diffdfkd.engine.prior import Prior
+from diffdfkd.engine.recipe import Recipe
+from diffdfkd.engine.sampler import sample
+from diffdfkd.engine.schedule import make_table
+from diffdfkd.engine.shards import Sample
+from diffdfkd.engine.stages import Chain, decode_stage, finite, guidance_chain, unet_stage
+from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.kernels.philox import INITIAL_NOISE, philox_normal
+
+LOSSES = ("total", "class", "batchnorm", "adversarial")
+LATENT_PIXELS_AT_ONCE = 2**16
+"""Decoded together, 16 latents of 64x64; a constant, since the split may show in an image's last bit."""
+
+
+@dataclass
+class Models:
+    """The networks of a synthesis, all on one device, frozen and in eval mode."""
+
+    prior: Prior
+    teacher: Classifier
+    student: Classifier | None = None
+    """Snapshot after the previous round's distillation; needed from the second round on with adversarial guidance."""
+
+    def digests(self, prompts: list[str]) -> tuple[str, str]:
+        """Of the prior as far as these prompts reach it, and of the teacher."""
+        prior = self.prior
+        configs = (prior.unet.config, prior.vae.config, prior.text_encoder.config.to_dict(), prior.scheduler_config)
+        tokens = prior.tokenizer(prompts, padding="max_length", truncation=True).input_ids
+        networks = (prior.unet, prior.vae, prior.text_encoder)
+        return weights_digest(networks, *map(_lasting, configs), tokens), weights_digest([self.teacher])
+
+
+@dataclass(frozen=True)
+class Painting:
+    """A batch of B finished samples, on the CPU."""
+
+    images: Tensor
+    """[B, C, H, W] uint8; meaningless where not alive."""
+    alive: Tensor
+    """[B] bool: finite from the first step to the image."""
+    targets: Tensor
+    """[B, K] float32."""
+    losses: Tensor
+    """[S, 4] batch means as in LOSSES, NaN in unguided steps."""
+    plan: CutMixPlan
+
+
+class Painter:
+    """What all batches of a round share: prompt embeddings, coefficient table, stages. A context manager.
+
+    ``round`` decides whether the student takes part.
+    """
+
+    def __init__(self, recipe: Recipe, models: Models, round: int) -> None:
+        self.recipe, self.round, self.prior = recipe, round, models.prior
+        self.device = next(models.prior.unet.parameters()).device
+        synthesis, guidance = recipe.synthesis, recipe.guidance
+        self.table = make_table(synthesis.sampler, models.prior.scheduler_config, synthesis.steps, self.device)
+        dtype = getattr(torch, recipe.prior.dtype)
+        self.unet = unet_stage(models.prior, dtype)
+        self.decode = decode_stage(models.prior, dtype)
+        self.context, self.rows = _embed(models.prior, class_prompts(recipe))
+        self.taps: BatchNormTaps | None = None
+        self.chain: Chain | None = None
+        if guidance.mode != "none":
+            self.taps = BatchNormTaps(models.teacher.model) if guidance.batchnorm_weight > 0 else None
+            student = models.student if uses_student(recipe, round) else None
+            self.chain = guidance_chain(self.decode, models.teacher, self.taps, guidance, student)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.taps is not None:
+            self.taps.remove()
+
+    def paint(self, ids: Tensor, classes: Tensor, *, guided: bool = True, mixed: bool = True) -> Painting:
+        """Samples of the ids [B] and classes [B] int64; optionally without guidance or without CutMix."""
+        recipe = self.recipe
+        ids, classes = ids.to(self.device), classes.to(self.device)
+        guidance, cutmix = recipe.guidance, recipe.cutmix
+        if not guided:
+            guidance = guidance.model_copy(update={"mode": "none"})
+        if not mixed:
+            cutmix = cutmix.model_copy(update={"every": 0})
+        shape = self.prior.latent_shape
+        plan = plan_cutmix(
+            cutmix, classes, len(recipe.teacher.classes), recipe.synthesis.steps, shape[1:], recipe.seed, ids
+        )
+        context = self.context[self.rows[classes]]
+        if recipe.synthesis.guidance_scale != 1:
+            context = torch.cat([self.context[-1:].expand_as(context), context])
+        trajectory = sample(
+            self.unet,
+            self.table,
+            context,
+            scale=recipe.synthesis.guidance_scale,
+            noise=philox_normal(recipe.seed, ids, 0, INITIAL_NOISE, shape),
+            sample_ids=ids,
+            seed=recipe.seed,
+            chain=self.chain if guided else None,
+            guidance=guidance,
+            plan=plan,
+        )
+        images, whole = self._finish(trajectory.latents)
+        return Painting(
+            images=images,
+            alive=trajectory.alive.cpu() & whole,
+            targets=trajectory.targets.cpu(),
+            losses=trajectory.losses.cpu(),
+            plan=plan,
+        )
+
+    @torch.no_grad()
+    def _finish(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [B, c, h, w] to uint8 images [B, C, H, W] of the saved size, and which of them were finite."""
+        teacher, size = self.recipe.teacher, saved_size(self.recipe)
+        finished, whole = [], []
+        for part in latents.split(max(1, LATENT_PIXELS_AT_ONCE // latents[0, 0].numel())):
+            images = self.decode(part)
+            whole.append(finite(images))
+            if teacher.channels == 1:
+                images = convert_channels(images, 1)
+            if images.shape[-2:] != (size, size):
+                images = functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
+            finished.append((images.nan_to_num(0) * 255).round().clamp(0, 255).to(torch.uint8).cpu())
+        return torch.cat(finished), torch.cat(whole).cpu()
+
+    def shard(self, plan: ShardPlan, painted: Callable[[Painting], None]) -> Iterator[Sample | None]:
+        """The shard's samples in order, None for a dropped one; ``painted`` is told of each batch."""
+        synthesis, classes = self.recipe.synthesis, len(self.recipe.teacher.classes)
+        end = plan.first + plan.samples
+        for first in range(plan.first, end, synthesis.batch_size):
+            count = min(synthesis.batch_size, end - first)
+            ids = sample_ids(self.round, first, count)
+            labels = class_labels(self.recipe.seed, self.round, first, count, classes)
+            painting = self.paint(ids, labels)
+            painted(painting)
+            for i, (id, label) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):
+                if not painting.alive[i]:
+                    yield None
+                    continue
+                image = encode(painting.images[i], synthesis.format)
+                key = f"{self.round:03d}-{id % SAMPLES_PER_ROUND:08d}"
+                yield Sample(key, image, self._record(painting, i, id, label), synthesis.format)
+
+    def _record(self, painting: Painting, i: int, id: int, label: int) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "class": label,
+            "class_name": self.recipe.teacher.classes[label],
+            "sample": id,
+            "round": self.round,
+            "seed": self.recipe.seed,
+        }
+        if (losses := last_losses(painting.losses)) is not None:
+            record["losses"] = losses
+        if weights := soft_label(painting.targets[i]):
+            record["soft_label"] = weights
+        if parents := painting.plan.parents[i]:
+            height, width = self.prior.latent_shape[1:]
+            record["parents"] = [
+                {
+                    "step": parent.step,
+                    "sample": parent.partner,
+                    "area": round_(parent.area),
+                    "box": [round_(x / n) for x, n in zip(parent.box, (height, width) * 2, strict=True)],
+                }
+                for parent in parents
+            ]
+        return record
+
+
+def _lasting(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """A diffusers or transformers configuration without where it was read from and by which version."""
+    return sorted((key, config[key]) for key in config if not key.startswith("_") and key != "transformers_version")
+
+
+def uses_student(recipe: Recipe, round: int) -> bool:
+    """Whether the round's guidance looks at the student's disagreement."""
+    return round > 0 and recipe.guidance.mode != "none" and recipe.guidance.adversarial_weight > 0
+
+
+def class_prompts(recipe: Recipe) -> list[str]:
+    """The prompt of each class."""
+    words = recipe.synthesis.words or recipe.teacher.classes
+    return [recipe.synthesis.prompt.replace("{}", word) for word in words]
+
+
+def saved_size(recipe: Recipe) -> int:
+    """Height and width of the saved images in pixels."""
+    return recipe.synthesis.size or recipe.teacher.size
+
+
+@torch.no_grad()
+def _embed(prior: Prior, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Embeddings [n + 1, T, D] of the distinct prompts and, last, of the empty one; row [K] int64 of each class."""
+    distinct = [*dict.fromkeys(prompts), ""]
+    embeddings = torch.cat([prior.embed(distinct[i : i + 64]) for i in range(0, len(distinct), 64)])
+    rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=embeddings.device)
+    return embeddings, rows
+
+
+def encode(image: Tensor, format: Literal["png", "webp"]) -> bytes:
+    """Lossless file of a uint8 image [C, H, W] with 1 or 3 channels; equal images give equal bytes."""
+    stream = io.BytesIO()
+    pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+    picture = Image.fromarray(pixels.contiguous().numpy())
+    if format == "png":
+        picture.save(stream, "PNG", compress_level=6)
+    else:
+        picture.save(stream, "WEBP", lossless=True, quality=80, method=4)
+    return stream.getvalue()
+
+
+def last_losses(losses: Tensor) -> dict[str, float] | None:
+    """Of the last guided step in [S, 4], by name; None without guidance."""
+    return _losses(losses, -1)
+
+
+def first_losses(losses: Tensor) -> dict[str, float] | None:
+    """Of the first guided step in [S, 4], by name; None without guidance."""
+    return _losses(losses, 0)
+
+
+def _losses(losses: Tensor, which: int) -> dict[str, float] | None:
+    guided = losses[torch.isfinite(losses[:, 0])]
+    if not len(guided):
+        return None
+    return {name: round_(value) for name, value in zip(LOSSES, guided[which].tolist(), strict=True)}
+
+
+def soft_label(target: Tensor) -> dict[str, float] | None:
+    """Weights above 0 by class index of a target [K]; None where one class has it all."""
+    weights = {str(k): round_(target[k].item()) for k in target.nonzero().flatten().tolist()}
+    return weights if len(weights) > 1 else None
+
+
+def round_(value: float) -> float:
+    """Six decimals: more than the figure is worth, and short in JSON."""
+    return round(value, 6)
