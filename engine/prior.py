@@ -136,7 +136,11 @@ def find_prior(recipe: PriorRecipe) -> Path:
             f"digits, got {recipe.revision or 'none'}: branches move, and a run must be repeatable"
         )
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import logging
 
+    verbosity = logging.get_verbosity()
+    # Its retries are warnings; the progress bars of a download stay.
+    logging.set_verbosity_error()
     try:
         return Path(snapshot_download(recipe.path, revision=recipe.revision, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:
@@ -144,6 +148,8 @@ def find_prior(recipe: PriorRecipe) -> Path:
             f"prior.path: {recipe.path} at {recipe.revision} cannot be fetched from the hub ({_line(error)}); "
             "check id, commit, network and access, or give a folder"
         ) from None
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def read_licence(card: Path) -> str | None:
