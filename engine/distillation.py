@@ -1,0 +1,254 @@
+"""Training of the student on synthetic images and the frozen teacher's answers, by DeepSpeed.
+
+One process by itself, or as many as ``torchrun`` or the DeepSpeed launcher started.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffdfkd.engine.augmentation import augment
+from diffdfkd.engine.batches import Batches, derive_seed
+from diffdfkd.engine.checkpoint import State, continuation, published, weights_digest
+from diffdfkd.engine.classifier import Classifier
+from diffdfkd.engine.deepspeed_engine import (
+    Place,
+    average_buffers,
+    build_engine,
+    gathered_weights,
+    load,
+    mean_over_processes,
+    save,
+    training_processes,
+)
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.images import Images
+from diffdfkd.engine.journal import Journal
+from diffdfkd.engine.losses import kd_loss
+from diffdfkd.engine.recipe import DistillationRecipe
+from diffdfkd.engine.shards import canonical_json
+
+REPORT_EVERY = 25
+
+
+@dataclass(frozen=True)
+class DistillationSummary:
+    steps: int
+    """Steps done, over all rounds."""
+    start_step: int
+    """Where this call began: above 0 after a resume or an earlier round."""
+    seconds: float
+    """Of this call, with start-up and checkpoints."""
+    images_per_second: float
+    """Training alone, over all processes; 0 if nothing was left to do."""
+    loss: float
+    """Mean over the steps that were last reported."""
+    holdout_agreement: float | None
+    """Share of the images held back on which student and teacher name the same class."""
+
+
+def distill(
+    student: Classifier,
+    teacher: Classifier,
+    images: Images,
+    recipe: DistillationRecipe,
+    output: Path,
+    *,
+    seed: int,
+    until_step: int | None = None,
+    data_digest: str,
+    journal: Journal,
+    device: torch.device | str,
+    progress: bool = True,
+) -> DistillationSummary:
+    """Train `student`, in place, to answer as `teacher` does on augmented `images`, up to `until_step` of all steps.
+
+    Continues from the checkpoint under ``output/checkpoints`` if that was made by the same recipe on the images of
+    `data_digest`, or, with other images, if it stands where `student` stands: so each round calls with the student
+    that the round before left. What is decided is journalled as event ``distill_start``, the curve as ``distill``.
+    Raises UserError for impossible settings, a checkpoint that cannot be read and a loss that is not finite.
+    """
+    begin = time.perf_counter()
+    until = recipe.steps if until_step is None else min(until_step, recipe.steps)
+    folder = Path(output) / "checkpoints"
+    with training_processes(torch.device(device)) as place, _own_random_state(place.device):
+        batches = Batches(
+            images,
+            recipe.batch_size,
+            seed=seed,
+            holdout=recipe.holdout,
+            rank=place.rank,
+            world_size=place.processes,
+        )
+        # On the CPU and on any GPU the convolutions are fastest with the channels last.
+        teacher.to(place.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        digest = recipe_digest(recipe, student, teacher, seed)
+        found = published(folder)
+        history, continued, reason = continuation(
+            found,
+            recipe=digest,
+            data=data_digest,
+            student=weights_digest(student.state_dict()),
+            until_step=until,
+            processes=place.processes,
+            folder=folder,
+        )
+        engine = build_engine(student, recipe, place)
+        try:
+            start, loss = 0, math.nan
+            if found is not None and continued:
+                load(engine, folder, found)
+                start, loss = found.step, found.loss
+            if place.rank == 0:
+                journal.log(
+                    "distill_start",
+                    reason=reason,
+                    start_step=start,
+                    until_step=until,
+                    images=len(images),
+                    holdout=recipe.holdout,
+                    processes=place.processes,
+                )
+            state = State(step=start, recipe=digest, processes=place.processes, history=history, loss=loss)
+            speed = 0.0
+            if start < until:
+                state, speed = _train(engine, teacher, batches, recipe, place, folder, state, until, journal, progress)
+            student.load_state_dict(gathered_weights(engine))
+        finally:
+            engine.destroy()
+        agreement = _agreement(student, teacher, batches, recipe.batch_size, place.device) if recipe.holdout else None
+    if place.rank == 0 and agreement is not None:
+        journal.log("distill_holdout", step=until, images=recipe.holdout, agreement=agreement)
+    return DistillationSummary(state.step, start, time.perf_counter() - begin, speed, state.loss, agreement)
+
+
+def learning_rate(recipe: DistillationRecipe, step: int) -> float:
+    """Rate of a step counted from 0: linear warm-up, then the schedule over the remaining steps; no state."""
+    if step < recipe.warmup_steps:
+        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    if recipe.schedule == "cosine":
+        done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+        return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    if recipe.schedule == "step":
+        passed = sum(step >= milestone * recipe.steps for milestone in recipe.milestones)
+        return recipe.learning_rate * 0.1**passed
+    return recipe.learning_rate
+
+
+def recipe_digest(recipe: DistillationRecipe, student: Classifier, teacher: Classifier, seed: int) -> str:
+    """SHA-256 of what the student depends on besides the images and its own first weights."""
+    content = {
+        "recipe": recipe.model_dump(mode="json", exclude={"checkpoint_every"}),
+        "student": [[name, str(value.dtype), list(value.shape)] for name, value in student.state_dict().items()],
+        "preprocessing": repr(student.preprocessing),
+        "teacher": weights_digest(teacher.state_dict()),
+        "seed": seed,
+    }
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def _train(
+    engine: Any,
+    teacher: Classifier,
+    batches: Batches,
+    recipe: DistillationRecipe,
+    place: Place,
+    folder: Path,
+    state: State,
+    until: int,
+    journal: Journal,
+    progress: bool,
+) -> tuple[State, float]:
+    """From the state's step up to `until`; the state then, and images a second over all processes."""
+    engine.train()
+    begin, start = time.perf_counter(), state.step
+    generator = torch.Generator()
+    total, counted = torch.zeros((), device=place.device), 0
+    bar = tqdm(
+        total=until * recipe.batch_size,
+        initial=start * recipe.batch_size,
+        desc="distillation",
+        unit=" images",
+        disable=None if progress and place.rank == 0 else True,
+    )
+    with bar:
+        for step, pixels in enumerate(batches.stream(start, until), start):
+            rate = learning_rate(recipe, step)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = rate
+            # Dropout draws from the global state, which is the caller's and is put back at the end.
+            torch.manual_seed(derive_seed(batches.seed, "step", step, place.rank))
+            generator.manual_seed(derive_seed(batches.seed, "augmentation", step, place.rank))
+            images = augment(_to_float(pixels, place.device), recipe.augmentation, generator)
+            images = images.contiguous(memory_format=torch.channels_last)
+            targets = _answers(teacher, images, recipe.dtype)
+            loss = kd_loss(engine(images), targets, recipe.temperature)
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach()
+            counted += 1
+            done = step + 1
+            save_now = done % recipe.checkpoint_every == 0 or done == until
+            # Before each checkpoint, so that none is made of a loss that is not finite.
+            if save_now or done % REPORT_EVERY == 0:
+                state = state.model_copy(update={"loss": mean_over_processes(total / counted, place)})
+                total, counted = torch.zeros_like(total), 0
+                _report(state.loss, rate, done, place, journal)
+                bar.set_postfix(loss=f"{state.loss:.4f}", refresh=False)
+            if save_now:
+                average_buffers(engine.module, place)
+                weights = weights_digest(gathered_weights(engine)) if done == until else None
+                state = state.model_copy(update={"step": done, "weights": weights})
+                save(engine, folder, state, place)
+            bar.update(recipe.batch_size)
+    return state, (until - start) * recipe.batch_size / (time.perf_counter() - begin)
+
+
+def _report(loss: float, rate: float, step: int, place: Place, journal: Journal) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"distillation.learning_rate: the loss is {loss} at step {step}; lower the rate, or add warmup_steps"
+        )
+    if place.rank == 0:
+        journal.log("distill", step=step, loss=loss, learning_rate=rate)
+        journal.scalar("distill/loss", loss, step)
+        journal.scalar("distill/learning_rate", rate, step)
+
+
+def _to_float(pixels: Tensor, device: torch.device) -> Tensor:
+    return pixels.to(device, non_blocking=True).float() / 255
+
+
+def _answers(teacher: nn.Module, images: Tensor, dtype: str) -> Tensor:
+    low = dtype == "bfloat16"
+    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=low):
+        return teacher(images)
+
+
+@torch.no_grad()
+def _agreement(
+    student: Classifier, teacher: Classifier, batches: Batches, batch_size: int, device: torch.device
+) -> float:
+    training = student.training
+    student.to(device).eval()
+    same = 0
+    for part in torch.from_numpy(batches.held).split(batch_size):
+        images = _to_float(batches.read_images(part), device).contiguous(memory_format=torch.channels_last)
+        same += int((student(images).argmax(1) == teacher(images).argmax(1)).sum())
+    student.train(training)
+    return same / len(batches.held)
