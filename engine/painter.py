@@ -40,7 +40,8 @@ class Models:
     def digests(self, prompts: list[str]) -> tuple[str, str]:
         """Of the prior as far as these prompts reach it, and of the teacher."""
         prior = self.prior
-        configs = (prior.unet.config, prior.vae.config, prior.text_encoder.config.to_dict(), prior.scheduler_config)
+        text_encoder: Any = prior.text_encoder
+        configs = (prior.unet.config, prior.vae.config, text_encoder.config.to_dict(), prior.scheduler_config)
         tokens = prior.tokenizer(prompts, padding="max_length", truncation=True).input_ids
         networks = (prior.unet, prior.vae, prior.text_encoder)
         return weights_digest(networks, *map(_lasting, configs), tokens), weights_digest([self.teacher])
