@@ -43,8 +43,8 @@ class PriorTraining:
     output: Path
     checkpoints: Path
     steps: int = 4000
-    vae_steps: int = 3000
-    batch_size: int = 128
+    vae_steps: int = 2000
+    batch_size: int = 64
     vae_batch_size: int = 64
     learning_rate: float = 8e-4
     vae_learning_rate: float = 1.5e-3
@@ -249,8 +249,8 @@ def main(
         Path | None, typer.Option(help="Where the training's state lives [OUTPUT-checkpoints].")
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of UNet and text encoder.")] = 4000,
-    vae_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = 3000,
-    batch_size: Annotated[int, typer.Option(help="Images a step, UNet and text encoder.")] = 128,
+    vae_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = 2000,
+    batch_size: Annotated[int, typer.Option(help="Images a step, UNet and text encoder.")] = 64,
     vae_batch_size: Annotated[int, typer.Option(help="Images a step, autoencoder.")] = 64,
     seed: int = 0,
     precision: Annotated[str, typer.Option(help="bfloat16 (mixed) or float32.")] = "bfloat16",
