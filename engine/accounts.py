@@ -28,16 +28,18 @@ class Accounts:
 
 
 def accounts(rows: Iterable[Mapping[str, Any]]) -> Accounts:
-    """Sum up the events ``session``, ``shard``, ``distillation`` and ``stage`` of a journal."""
+    """Sum up a journal. A distillation that was killed counts from its start to the last step that it reported."""
     made: dict[tuple[int, int], Mapping[str, Any]] = {}
     stages: dict[str, float] = {}
     distillation = wall = 0.0
-    began = last = peak = None
+    began = last = peak = training = trained = None
     sessions = 0
     for row in rows:
         if row["event"] == "session":
             wall += 0.0 if began is None else last - began
             wall += row.get("seconds_before", 0.0)
+            distillation += 0.0 if training is None else trained - training
+            training = None
             began, sessions = row["time"], sessions + 1
         elif row["event"] == "shard":
             made[row["round"], row["shard"]] = row
@@ -45,10 +47,16 @@ def accounts(rows: Iterable[Mapping[str, Any]]) -> Accounts:
             stages[row["stage"]] = stages.get(row["stage"], 0.0) + row["seconds"]
         elif row["event"] == "distillation":
             distillation += row["seconds"]
+            training = None
+        elif row["event"] == "distill_start":
+            training = trained = row["time"]
+        elif row["event"] == "distill":
+            trained = row["time"]
         if (memory := row.get("peak_memory_mib")) is not None:
             peak = memory if peak is None else max(peak, memory)
         last = row["time"]
     wall += 0.0 if began is None else last - began
+    distillation += 0.0 if training is None else trained - training
     return Accounts(
         images=sum(row["images"] for row in made.values()),
         synthesis_seconds=sum(row["seconds"] for row in made.values()),

@@ -35,7 +35,7 @@ p { margin: 0 0 14px; max-width: 70ch; }
 img { display: block; image-rendering: pixelated; border-radius: 3px; background: var(--line); max-width: 100%; }
 .missing { display: grid; place-items: center; border: 1px dashed var(--line); border-radius: 3px;
   color: var(--muted); font-size: 11px; }
-.strip { width: 100%; height: auto; }
+.strip { width: 100%; height: auto; background: none; border-radius: 0; }
 .strips { display: grid; grid-template-columns: minmax(70px, 110px) 1fr; gap: 6px 12px; align-items: center;
   margin-top: 16px; font-size: 13.5px; overflow-wrap: anywhere; }
 .mixes { display: flex; flex-wrap: wrap; gap: 20px 40px; margin-top: 16px; }

@@ -89,7 +89,7 @@ def _curves(rows: Rows) -> str:
     for name, points in sorted(scalars.items()):
         # A session that was killed after its last checkpoint has left points that the next one drew again.
         points = sorted(dict(points).items())
-        title = name.replace("/", ": ").replace("_", " ")
+        title = name.replace("distill/", "distillation: ").replace("_", " ")
         charts.append(line_chart(title, {name.rpartition("/")[2].replace("_", " "): points}, "step"))
     charts = [chart for chart in charts if chart]
     if not charts:

@@ -7,7 +7,9 @@ torchrun --nproc-per-node 2 -m diffdfkd.recipes.cli distill fashion output=runs/
 import hashlib
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from diffdfkd.engine.errors import UserError
@@ -25,39 +27,44 @@ def distill(recipe: Recipe, images: Path | None = None, *, progress: bool = True
 
     Returns what ``result.json`` holds; None on every rank but the first of a launch. Raises UserError as ``run`` does.
     """
+    started = time.perf_counter()
     from diffdfkd.engine.distillation import distill as train
+    from diffdfkd.engine.journal import Journal
 
     with claim(recipe, prior=images is None, images=images) as folder:
         recipe = folder.recipe
         use_device(recipe)
-        started = time.perf_counter()
         data, digest = own_shards(folder) if images is None else foreign_images(recipe, images)
         if rank() == 0 and (result := finished(folder)) is not None and result.get("data_digest") in (None, digest):
             return result
         teacher, student, test = load_classifiers(recipe)
         with ExitStack() as stack:
-            journal = None
             if rank() == 0:
                 folder.freeze()
                 journal = stack.enter_context(session(folder, "distill", time.perf_counter() - started))
-                stack.enter_context(stage(journal, "distillation", recipe))
-            summary = train(
-                student,
-                teacher,
-                data,
-                recipe.distillation,
-                folder.path / "student",
-                seed=recipe.seed,
-                data_digest=digest,
-                journal=journal,
-                device=recipe.device,
-                progress=progress,
-            )
-            if journal is None:
+            else:
+                # Rank 0 speaks for all; the others' lines are dropped.
+                journal = stack.enter_context(
+                    Journal(Path(stack.enter_context(TemporaryDirectory())) / "metrics.jsonl")
+                )
+            with stage(journal, "distillation", recipe):
+                summary = train(
+                    student,
+                    teacher,
+                    data,
+                    recipe.distillation,
+                    folder.path / "student",
+                    seed=recipe.seed,
+                    data_digest=digest,
+                    journal=journal,
+                    device=recipe.device,
+                    progress=progress,
+                )
+            if rank() > 0:
                 return None
-        with session(folder, "evaluate") as journal:
+            journal.log("distillation", images=len(data), **asdict(summary))
             save_student(student, folder.student, recipe)
-            return finish(folder, teacher, test, journal, summary, progress, data_digest=digest)
+            return finish(folder, teacher, test, journal, progress, data_digest=digest)
 
 
 def own_shards(folder: RunFolder) -> tuple["Images", str]:

@@ -13,7 +13,6 @@ from diffdfkd.recipes.run_folder import RunFolder, versions
 
 if TYPE_CHECKING:
     from diffdfkd.engine.classifier import Classifier
-    from diffdfkd.engine.distillation import DistillationSummary
     from diffdfkd.engine.evaluation import Evaluation
     from diffdfkd.engine.images import Images
     from diffdfkd.engine.journal import Journal
@@ -24,7 +23,6 @@ def finish(
     teacher: "Classifier",
     test: "Images | None",
     journal: "Journal",
-    summary: "DistillationSummary | None",
     progress: bool,
     **more: Any,
 ) -> dict[str, Any]:
@@ -48,15 +46,13 @@ def finish(
                 device=recipe.device,
                 progress=progress,
             )
-    result = {**figures(folder, evaluation, summary), **more}
+    result = {**figures(folder, evaluation), **more}
     write_atomic(folder.result, (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
     write_report(folder.path)
     return result
 
 
-def figures(
-    folder: RunFolder, evaluation: "Evaluation | None", summary: "DistillationSummary | None"
-) -> dict[str, Any]:
+def figures(folder: RunFolder, evaluation: "Evaluation | None") -> dict[str, Any]:
     """Content of ``result.json``; accuracies are fractions, and None without test images."""
     from diffdfkd.engine.accounts import accounts
     from diffdfkd.engine.classifier import digest
@@ -68,7 +64,7 @@ def figures(
     account = accounts(rows)
     root = folder.path / "synthetic"
     sidecars = [] if folder.images else [s for round in range(recipe.rounds) for s in list_shards(root, round)]
-    last: dict[str, Any] = next((row for row in reversed(rows) if row["event"] == "distilled"), {})
+    last: dict[str, Any] = next((row for row in reversed(rows) if row["event"] == "distillation"), {})
     return {
         "student_accuracy": evaluation.accuracy if evaluation else None,
         "teacher_accuracy": evaluation.teacher_accuracy if evaluation else None,
@@ -89,8 +85,8 @@ def figures(
         "seed": recipe.seed,
         "rounds": recipe.rounds,
         "distillation_steps": recipe.distillation.steps,
-        "distillation_loss": summary.loss if summary else last.get("loss"),
-        "holdout_agreement": summary.holdout_agreement if summary else last.get("holdout_agreement"),
+        "distillation_loss": last.get("loss"),
+        "holdout_agreement": last.get("holdout_agreement"),
         "versions": versions(),
         "student_sha256": digest(folder.student),
         "evaluation": recipe.evaluation.model_dump(),

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ from diffdfkd.recipes.run_folder import RunFolder, claim, versions, world_size
 
 if TYPE_CHECKING:
     from diffdfkd.engine.classifier import Classifier
-    from diffdfkd.engine.distillation import DistillationSummary
     from diffdfkd.engine.images import Images
     from diffdfkd.engine.journal import Journal
     from diffdfkd.engine.prior import Prior
@@ -29,32 +29,33 @@ def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     Continues what the recipe's output folder already holds, and does nothing where that is finished. Raises UserError
     for what the user can mend.
     """
-    from diffdfkd.engine.synthesis import preview_pairs, synthesize
-
     if world_size() > 1:
         raise UserError("run: synthesis is one process; launch `diffdfkd distill` with torchrun, and run alone")
+    started = time.perf_counter()
     with claim(recipe) as folder:
         recipe = folder.recipe
-        use_device(recipe)
         if (result := finished(folder)) is not None:
             return result
-        started = time.perf_counter()
+        from diffdfkd.engine.synthesis import Models, preview_pairs, synthesize
+
+        use_device(recipe)
         prior, teacher, student, test = load(recipe)
         folder.freeze()
         with session(folder, "run", time.perf_counter() - started) as journal:
-            summary = None
+            drop_broken_chain(folder, journal)
             for round in range(recipe.rounds):
-                models = models_of(prior, teacher, folder, round)
+                models = Models(prior, teacher, student_of(folder, round - 1) if round else None)
                 with stage(journal, "synthesis", recipe):
                     synthesize(recipe, models, round, folder.path, journal, progress)
                 if round == 0:
                     with stage(journal, "preview", recipe):
                         preview_pairs(recipe, models, folder.path, journal)
                 if not folder.snapshot_of(round).is_file():
+                    beginner = student_of(folder, round - 1).train().requires_grad_(True) if round else student
                     with stage(journal, "distillation", recipe):
-                        summary = distil_round(student, teacher, folder, round, journal, progress)
+                        distil_round(beginner, teacher, folder, round, journal, progress)
             publish(folder.snapshot, folder.student)
-            return finish(folder, teacher, test, journal, summary, progress, prior_licence=prior.licence)
+            return finish(folder, teacher, test, journal, progress, prior_licence=prior.licence)
 
 
 def load(recipe: Recipe) -> tuple["Prior", "Classifier", "Classifier", "Images | None"]:
@@ -91,22 +92,34 @@ def open_test(recipe: Recipe) -> "Images | None":
     )
 
 
-def models_of(prior: "Prior", teacher: "Classifier", folder: RunFolder, round: int) -> Any:
-    """Networks of a round's synthesis; from the second round on with the previous round's student, read from disk."""
+def student_of(folder: RunFolder, round: int) -> "Classifier":
+    """The student as it was after a round, from its snapshot; frozen, in eval mode."""
     from diffdfkd.engine.classifier import build_classifier
-    from diffdfkd.engine.synthesis import Models
 
     recipe = folder.recipe
-    if round == 0:
-        return Models(prior, teacher)
-    weights = recipe.student.model_copy(update={"weights": str(folder.snapshot_of(round - 1))})
+    weights = recipe.student.model_copy(update={"weights": str(folder.snapshot_of(round))})
     student = build_classifier(weights, recipe.teacher, field="student")
-    return Models(prior, teacher, student.to(recipe.device).requires_grad_(False).eval())
+    return student.to(recipe.device).requires_grad_(False).eval()
+
+
+def drop_broken_chain(folder: RunFolder, journal: "Journal") -> None:
+    """Delete snapshots that training cannot go on from, so that it starts again and arrives at the same students.
+
+    So it is where someone deleted the snapshot of an earlier round, or the checkpoints that hold the optimizer.
+    """
+    snapshots = [folder.snapshot_of(round) for round in range(folder.recipe.rounds)]
+    there = [snapshot.is_file() for snapshot in snapshots]
+    missing = there.index(False) if False in there else len(there)
+    checkpoint = (folder.path / "student" / "checkpoints" / "latest").is_file()
+    if any(there[missing:]) or (0 < missing < len(there) and not checkpoint):
+        for snapshot in snapshots:
+            snapshot.unlink(missing_ok=True)
+        journal.log("restart", reason="a snapshot or the checkpoints of an earlier round are gone")
 
 
 def distil_round(
     student: "Classifier", teacher: "Classifier", folder: RunFolder, round: int, journal: "Journal", progress: bool
-) -> "DistillationSummary":
+) -> None:
     """Train on the images of all rounds so far, up to this round's share of the steps; leaves the round's snapshot."""
     from diffdfkd.engine.distillation import distill
 
@@ -125,8 +138,8 @@ def distil_round(
         device=recipe.device,
         progress=progress,
     )
+    journal.log("distillation", images=len(images), **asdict(summary))
     save_student(student, folder.snapshot_of(round), recipe)
-    return summary
 
 
 def shard_images(folder: RunFolder, rounds: int) -> tuple["Images", str]:

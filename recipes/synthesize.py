@@ -16,6 +16,7 @@ def synthesize(recipe: Recipe, *, progress: bool = True) -> str:
 
     With more rounds the later ones need a student, which ``run`` makes between them. Raises UserError as ``run`` does.
     """
+    started = time.perf_counter()
     from diffdfkd.engine.classifier import build_classifier
     from diffdfkd.engine.prior import load_prior
     from diffdfkd.engine.synthesis import Models, preview_pairs
@@ -24,7 +25,6 @@ def synthesize(recipe: Recipe, *, progress: bool = True) -> str:
     with claim(recipe) as folder:
         recipe = folder.recipe
         use_device(recipe)
-        started = time.perf_counter()
         teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher").to(recipe.device)
         models = Models(load_prior(recipe.prior, recipe.device), teacher)
         folder.freeze()
