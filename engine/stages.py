@@ -117,7 +117,6 @@ def guidance_chain(
             with arithmetic(leaf.device, dtype):
                 images = _at_least_float32(decode(leaf))
                 counts = counts & finite(images)
-                images = _where(counts, images, 0)
                 logits = _at_least_float32(teacher(images))
                 replies = _at_least_float32(opponent(images)) if opponent else logits
             counts = counts & finite(logits) & finite(replies)

@@ -281,14 +281,15 @@ def test_window_and_every_choose_the_guided_steps():
         chosen(10, window=(0.51, 0.55))
 
 
-def test_only_guided_steps_have_losses_and_call_the_chain():
+@pytest.mark.parametrize("mode", ["clean", "reuse", "exact"])
+def test_only_guided_steps_have_losses_and_call_the_chain(mode):
     calls = []
 
     def chain(x0, targets, alive):
         calls.append(targets)
         return toy_chain(x0, targets, alive)
 
-    made = run(make_table("ddim", CONFIG, STEPS, "cpu"), "clean", chain=chain, recipe=MIX, window=(0.0, 0.7), every=2)
+    made = run(make_table("ddim", CONFIG, STEPS, "cpu"), mode, chain=chain, recipe=MIX, window=(0.0, 0.7), every=2)
     guided = [0, 2, 4]
     assert made.losses[guided].isfinite().all() and made.losses[[1, 3, 5]].isnan().all()
     targets = plan(MIX).targets
