@@ -20,9 +20,9 @@ h2 { font-size: 19px; letter-spacing: -0.01em; margin: 48px 0 4px; }
 h3 { font-size: 15px; margin: 24px 0 8px; }
 p { margin: 0 0 14px; max-width: 70ch; }
 .note, figcaption, .muted { color: var(--muted); font-size: 13.5px; }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(118px, 1fr)); gap: 1px; margin: 24px 0 0;
+.numbers { display: flex; flex-wrap: wrap; gap: 1px; margin: 24px 0 0;
   background: var(--line); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
-.numbers div { background: var(--card); padding: 12px 14px; }
+.numbers div { flex: 1 1 112px; background: var(--card); padding: 12px 14px; }
 .numbers b { display: block; font-size: 22px; line-height: 1.25; font-weight: 600; letter-spacing: -0.02em;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 .numbers span { color: var(--muted); font-size: 12.5px; }
@@ -87,7 +87,8 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px
   overflow-x: auto; }
 @media (prefers-color-scheme: dark) { .heat .strong { color: #101216; } }
 @media (max-width: 520px) { main { padding: 24px 14px 48px; } h1 { font-size: 23px; } .numbers b { font-size: 18px; }
-  .facts th { white-space: normal; padding-right: 12px; } }
+  .facts th { white-space: normal; padding-right: 12px; }
+  .strips { grid-template-columns: 1fr; gap: 2px; } .strips span { margin-top: 6px; } }
 """
 
 

@@ -6,6 +6,7 @@ Nothing heavy is imported and no device is probed here, so that a mistake in a r
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -26,6 +27,14 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: Any) -> Any:
+        # No field is a switch, and pydantic would read true as the number 1.
+        if isinstance(value, bool):
+            raise ValueError("this field is not a switch; give its value")
+        return value
 
 
 class PriorRecipe(Section):
@@ -239,7 +248,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises UserError with the field's path, what was given and what is allowed.
     """
     if isinstance(source, Mapping):
-        content = json.loads(json.dumps(dict(source)))
+        content = json.loads(json.dumps(dict(source), default=str))
     else:
         path = find_recipe(source)
         content = _read_yaml(path)
@@ -287,22 +296,15 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
         value = content.get(section, {}).get(key) if isinstance(content.get(section), dict) else None
         if isinstance(value, str) and value.startswith(("./", "../")):
             content[section][key] = str((folder / value).resolve())
+        elif isinstance(value, str) and value.startswith("~/"):
+            content[section][key] = str(Path(value).expanduser())
 
 
 def _override(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override}: an override is key=value, such as synthesis.steps=20")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-3 as a string: a number was meant.
-        try:
-            value = float(value)
-        except ValueError:
-            value = text
+    value = _text(text) if key in ("output", "prior", "synthesis.prompt", *PATHS) else _value(text)
     *sections, last = key.split(".")
     node = content
     for depth, section in enumerate(sections):
@@ -313,6 +315,24 @@ def _override(content: dict[str, Any], override: str) -> None:
             raise UserError(f"{override}: {'.'.join(sections[: depth + 1])} is a value, not a section")
         node = child
     node[last] = value
+
+
+def _text(text: str) -> str | None:
+    """Path or prompt of an override, as typed: a folder may be called 2024. The shell leaves ``~`` behind ``=`` to us."""
+    if text in ("", "null", "~"):
+        return None
+    return str(Path(text).expanduser()) if text.startswith("~/") else text
+
+
+def _value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
+        # YAML 1.1 reads 1e-3 as a string: a number was meant.
+        return float(value)
+    return value
 
 
 def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:

@@ -24,8 +24,8 @@ def write_idx(folder: Path, images: torch.Tensor, labels: torch.Tensor) -> Path:
 @pytest.fixture(scope="session")
 def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_prior: Path) -> Path:
     """YAML file of a recipe with two rounds, CutMix and all losses; its output is to be given."""
-    from diffdfkd.engine.classifier import Classifier, Preprocessing, save_classifier
     from diffdfkd.engine.architectures import ARCHITECTURES
+    from diffdfkd.engine.classifier import Classifier, Preprocessing, save_classifier
 
     folder = tmp_path_factory.mktemp("recipe")
     torch.manual_seed(1)
@@ -33,7 +33,7 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_prior: Path) -> P
     # Away from the initial statistics, so that the BatchNorm loss has something to say.
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.running_mean = torch.randn_like(layer.running_mean) * 0.1
+            layer.running_mean = torch.randn(layer.num_features) * 0.1
     teacher = Classifier(model, Preprocessing(1, 28, (0.3,), (0.35,), "bilinear"), CLASSES)
     save_classifier(teacher, folder / "teacher.safetensors", {})
     labels = torch.arange(32) % len(CLASSES)

@@ -1,0 +1,177 @@
+"""Recipes: what they accept, what they refuse, and in which words."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
+
+MINIMAL: dict[str, Any] = {
+    "prior": "prior",
+    "teacher": {"architecture": "small_cnn", "weights": "t.safetensors", "classes": ["a", "b"]},
+    "student": {"architecture": "small_cnn"},
+}
+
+# Override, and what the message must hold: the field's path first, what was given, what is allowed.
+BAD = [
+    ("synthesis.stepz=3", ["synthesis.stepz: unknown field", "steps"]),
+    ("guidanse.mode=none", ["guidanse: unknown field", "guidance"]),
+    ("guidance.mode=soft", ["guidance.mode: got", "soft", "'clean'"]),
+    ("guidance.rho_rule=unity", ["guidance.rho_rule", "unity", "'unit'"]),
+    ("guidance.rho=-1", ["guidance.rho", "-1", "greater than or equal to 0"]),
+    ("guidance.rho=.nan", ["guidance.rho", "finite"]),
+    ("guidance.class_weight=.nan", ["guidance.class_weight", "finite"]),
+    ("guidance.window=[0.8,0.2]", ["guidance.window", "[0.8, 0.2]", "start must lie before the end"]),
+    ("guidance.window=[0,1.5]", ["guidance.window.1", "1.5", "less than or equal to 1"]),
+    ("guidance.window=0.5", ["guidance.window", "0.5"]),
+    ("guidance.every=0", ["guidance.every", "got 0"]),
+    ("synthesis.sampler=pndm", ["synthesis.sampler", "pndm", "'ddim'", "'dpmsolver++'"]),
+    ("synthesis.steps=0", ["synthesis.steps", "got 0", "greater than or equal to 1"]),
+    ("synthesis.steps=2.5", ["synthesis.steps", "2.5", "integer"]),
+    ("synthesis.batch_size=many", ["synthesis.batch_size", "many", "integer"]),
+    ("synthesis.images_per_class=-5", ["synthesis.images_per_class", "-5"]),
+    ("synthesis.images_per_class=true", ["synthesis.images_per_class", "true", "not a switch"]),
+    ("synthesis.format=jpeg", ["synthesis.format", "jpeg", "'png'"]),
+    ("synthesis.words=[one]", ["synthesis.words", "1 words for 2 classes"]),
+    ("synthesis.guidance_scale=.inf", ["synthesis.guidance_scale", "finite"]),
+    ("teacher.classes=[a]", ["teacher.classes", "two or more"]),
+    ("teacher.classes=[a,a]", ["teacher.classes", "same name"]),
+    ("teacher.channels=2", ["teacher.channels", "got 2", "1 or 3"]),
+    ("teacher.mean=[0.1,0.2]", ["teacher.mean", "2 numbers for 3 channel"]),
+    ("teacher.std=[0]", ["teacher.std.0", "greater than 0"]),
+    ("student.architecture=null", ["student.architecture", "null"]),
+    ("cutmix.every=13", ["cutmix.every", "13", "synthesis.steps=12"]),
+    ("cutmix.alpha=0", ["cutmix.alpha", "greater than 0"]),
+    ("cutmix.partner=self", ["cutmix.partner", "self", "'within'"]),
+    ("rounds=0", ["rounds", "got 0"]),
+    ("rounds=100000", ["rounds", "100000"]),
+    ("guidance.adversarial_weight=1", ["guidance.adversarial_weight", "rounds=1", "2 or more"]),
+    ("distillation.steps=0", ["distillation.steps", "got 0"]),
+    ("distillation.optimizer=lion", ["distillation.optimizer", "lion", "'adamw'"]),
+    ("distillation.zero_stage=4", ["distillation.zero_stage", "got 4"]),
+    ("distillation.augmentation=[flop]", ["distillation.augmentation.0", "flop", "'flip'"]),
+    ("distillation.holdout=400", ["distillation.holdout", "400 of 400"]),
+    ("evaluation.labels=x", ["evaluation.labels", "without evaluation.images"]),
+    ("seed=-1", ["seed", "-1"]),
+    ("seed=x", ["seed", "integer"]),
+    ("seed=", ["seed", "null", "integer"]),
+    ("device=tpu", ["device", "tpu", "'cpu'"]),
+    ("threads=0", ["threads", "got 0"]),
+    ("steps", ["steps: an override is key=value"]),
+    ("=3", ["an override is key=value"]),
+    ("seed.x=3", ["seed.x=3", "seed is a value"]),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), BAD, ids=[override for override, _ in BAD])
+def test_bad_override_is_one_line_that_names_the_field(override: str, words: list[str]) -> None:
+    source = {**MINIMAL, "seed": 0} if override.startswith("seed.") else MINIMAL
+    with pytest.raises(UserError) as error:
+        load_recipe(source, [override])
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith(words[0].split(":")[0].split(" ")[0]) or override.startswith("=")
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (["guidance.rho_rule=cfg", "synthesis.guidance_scale=1"], "guidance.rho_rule"),
+        (["guidance.class_weight=0", "guidance.batchnorm_weight=0"], "guidance"),
+        (["cutmix.every=2", "synthesis.batch_size=1"], "cutmix.every"),
+        (["rounds=20", "distillation.steps=10"], "rounds"),
+    ],
+)
+def test_impossible_combination(overrides: list[str], field: str) -> None:
+    with pytest.raises(UserError, match=f"^{field}: "):
+        load_recipe(MINIMAL, overrides)
+
+
+def test_guidance_off_needs_no_weights() -> None:
+    recipe = load_recipe(MINIMAL, ["guidance.mode=none", "guidance.class_weight=0", "guidance.batchnorm_weight=0"])
+    assert recipe.guidance.mode == "none"
+
+
+def test_missing_field_is_named() -> None:
+    with pytest.raises(UserError, match=r"^teacher.classes: missing"):
+        load_recipe({**MINIMAL, "teacher": {"architecture": "small_cnn"}})
+
+
+def test_override_values() -> None:
+    recipe = load_recipe(
+        MINIMAL,
+        [
+            "guidance.window=[0,0.8]",
+            "distillation.learning_rate=1e-3",
+            "teacher.weights=null",
+            "output=2024",
+            "prior.dtype=bfloat16",
+            "synthesis.prompt=a photo: {}",
+            "student.options.width=16",
+            "distillation.deepspeed.gradient_clipping=true",
+        ],
+    )
+    assert recipe.guidance.window == (0.0, 0.8)
+    assert recipe.distillation.learning_rate == 1e-3
+    assert recipe.teacher.weights is None
+    assert recipe.output == "2024"
+    assert (recipe.prior.path, recipe.prior.dtype) == ("prior", "bfloat16")
+    assert recipe.synthesis.prompt == "a photo: {}"
+    assert recipe.student.options == {"width": 16}
+    assert recipe.distillation.deepspeed == {"gradient_clipping": True}
+
+
+def test_home_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    recipe = load_recipe({**MINIMAL, "prior": "~/prior"}, ["output=~/runs/a"])
+    assert recipe.output == "/home/someone/runs/a"
+
+
+def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:
+    content = {**MINIMAL, "prior": "./mine", "evaluation": {"images": "../test"}, "output": "runs/x"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.prior.path == str(tmp_path / "mine")
+    assert recipe.evaluation.images == str(tmp_path.parent / "test")
+    assert (recipe.teacher.weights, recipe.output) == ("t.safetensors", "runs/x")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words", "\x00"])
+def test_file_that_is_no_recipe(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"bad\.yaml: ") as error:
+        load_recipe(path)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_name_gives_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"^fashon: no recipe of this name; there are fashion"):
+        load_recipe("fashon")
+
+
+def test_packaged_recipe_is_valid() -> None:
+    recipe = load_recipe("fashion")
+    assert len(recipe.teacher.classes) == 10
+    assert Path(recipe.teacher.weights or "").is_absolute()
+
+
+def test_dump_loads_to_the_same_recipe() -> None:
+    recipe = load_recipe(MINIMAL, ["rounds=2", "guidance.adversarial_weight=1", "threads=3"])
+    assert load_recipe(dump_recipe(recipe)) == recipe
+    assert isinstance(recipe, Recipe)
+
+
+def test_nothing_heavy_is_imported() -> None:
+    """A mistake in a recipe must cost a fraction of a second, and no device is probed."""
+    heavy = ("torch", "deepspeed", "tensorrt", "diffusers", "transformers", "numpy")
+    code = f"import sys, diffdfkd.engine.recipe; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
