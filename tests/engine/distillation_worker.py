@@ -23,7 +23,7 @@ def main(folder: Path, quietly: bool) -> None:
     plain, norm, again = make_student(norm=False), make_student(), make_student()
     train(runs, plain, toy_recipe(augmentation=[]), **output)
     # Two processes see other images, and so gather other statistics: the saved ones are their mean, on both.
-    recipe = toy_recipe(zero_stage=2)
+    recipe = toy_recipe(zero_stage=2, augmentation=[], learning_rate=1e-6)
     train(runs / "norm", norm, recipe, output=folder / "norm-student")
     mean = norm.model[1].running_mean  # type: ignore[index]
     gathered = [torch.empty_like(mean) for _ in range(2)]
@@ -34,7 +34,7 @@ def main(folder: Path, quietly: bool) -> None:
     for name, value in norm.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     if rank == 0:
-        torch.save({"plain": plain.state_dict()}, folder / "student.pt")
+        torch.save({"plain": plain.state_dict(), "mean": mean}, folder / "student.pt")
 
 
 if __name__ == "__main__":

@@ -248,6 +248,8 @@ def test_rounds_continue_and_changed_inputs_start_afresh(tmp_path: Path, monkeyp
     # How often checkpoints are made changes nothing in the student.
     often = toy_recipe(checkpoint_every=2)
     assert train(tmp_path, make_student(), often, until_step=4, data_digest="three", seed=8).start_step == 4
+    # Other images are a next round only for the student that the last one left.
+    assert train(tmp_path, make_student(), often, until_step=6, data_digest="four", seed=8).start_step == 0
 
 
 def test_a_student_learns_and_the_hold_out_says_so(tmp_path: Path) -> None:
@@ -381,10 +383,14 @@ def test_one_process_leaves_no_trace_in_environment_random_state_or_output(tmp_p
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     _run([*launch, str(WORKER), str(tmp_path / "two")])
-    one, two = make_student(norm=False), torch.load(tmp_path / "two" / "student.pt", weights_only=True)
+    one, norm = make_student(norm=False), make_student()
+    two = torch.load(tmp_path / "two" / "student.pt", weights_only=True)
     train(tmp_path / "one", one, toy_recipe(augmentation=[]))
+    train(tmp_path / "norm", norm, toy_recipe(augmentation=[], learning_rate=1e-6))
     for name, value in one.state_dict().items():
         torch.testing.assert_close(two["plain"][name], value, rtol=1e-3, atol=1e-4)
+    mean = norm.model[1].running_mean  # type: ignore[index]
+    torch.testing.assert_close(two["mean"], mean, rtol=1e-3, atol=1e-4)
     losses = [
         [event["loss"] for event in read_journal(tmp_path / run / "metrics.jsonl") if event["event"] == "distill"]
         for run in ("one", "two")
