@@ -22,8 +22,8 @@ p { margin: 0 0 14px; max-width: 70ch; }
 .note, figcaption, .muted { color: var(--muted); font-size: 13.5px; }
 .numbers { display: flex; flex-wrap: wrap; gap: 1px; margin: 24px 0 0;
   background: var(--line); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
-.numbers div { flex: 1 1 112px; background: var(--card); padding: 12px 14px; }
-.numbers b { display: block; font-size: 22px; line-height: 1.25; font-weight: 600; letter-spacing: -0.02em;
+.numbers div { flex: 1 1 112px; background: var(--card); padding: 12px; }
+.numbers b { display: block; font-size: 20px; line-height: 1.25; font-weight: 600; letter-spacing: -0.02em;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 .numbers span { color: var(--muted); font-size: 12.5px; }
 .classes { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 20px 24px;

@@ -318,7 +318,7 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 
 def _text(text: str) -> str | None:
-    """Path or prompt of an override, as typed: a folder may be called 2024. The shell leaves ``~`` behind ``=`` to us."""
+    """Path or prompt of an override, as typed: a folder may be called 2024. The shell leaves ``~`` to us."""
     if text in ("", "null", "~"):
         return None
     return str(Path(text).expanduser()) if text.startswith("~/") else text
