@@ -1,5 +1,6 @@
 """A run's folder: one process at a time, one recipe for good, settled on first use and frozen into ``recipe.yaml``."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ import yaml
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "diffusers", "transformers", "deepspeed", "triton", "diffdfkd")
 MAY_DIFFER = ("output", "evaluation.images", "evaluation.labels", "evaluation.batch_size")
@@ -71,7 +74,7 @@ class RunFolder:
             frozen["images"] = self.images
         if (before := _frozen(self.path)) is not None and not _empty(self.path):
             # Versions are those that the run began with; digests that this command does not use are kept.
-            frozen["versions"] = before.get("versions", frozen["versions"])
+            frozen["versions"] = _compared(before.get("versions", {}), versions())
             frozen["digests"] = {**before.get("digests", {}), **frozen["digests"]}
         content = {**dump_recipe(self.recipe), "frozen": frozen}
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
@@ -127,6 +130,14 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def _compared(began: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The versions that the run began with, after a word about those that have changed since."""
+    changed = [f"{name} {was}, now {now.get(name)}" for name, was in began.items() if was != now.get(name)]
+    if changed:
+        log.warning("the run began with %s: what is made now may differ in the last bit", "; ".join(changed))
+    return dict(began)
 
 
 def file_digests(recipe: Recipe, *, prior: bool) -> dict[str, str]:

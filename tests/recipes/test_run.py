@@ -213,6 +213,18 @@ def test_evaluation_may_differ(copy: Path, tiny_recipe: Path, finished_run: Fini
     assert made(copy) == made(finished_run[0])
 
 
+def test_versions_of_the_beginning_are_kept_and_a_change_is_said(
+    copy: Path, tiny_recipe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = yaml.safe_load((copy / "recipe.yaml").read_text())
+    content["frozen"]["versions"]["torch"] = "2.0.0"
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(content))
+    result = again(tiny_recipe, copy, "evaluation.images=null")
+    assert yaml.safe_load((copy / "recipe.yaml").read_text())["frozen"]["versions"]["torch"] == "2.0.0"
+    assert result["versions"]["torch"] != "2.0.0"
+    assert "the run began with torch 2.0.0, now " in caplog.text
+
+
 def test_mistake_does_not_bind_the_folder(tiny_recipe: Path, tmp_path: Path) -> None:
     for override in (f"prior={tmp_path / 'nowhere'}", "student.architecture=small_cmm", "evaluation.images=/nowhere"):
         with pytest.raises(UserError):
