@@ -4,6 +4,8 @@ There is no ``__init__.py`` anywhere (PEP 420): a top-level import name ``kernel
 package of that name that transformers and diffusers look for.
 """
 
+from pathlib import Path
+
 from setuptools import setup
 
 LINUX = "; sys_platform == 'linux'"
@@ -12,7 +14,7 @@ setup(
     name="diffdfkd",
     version="0.1.0",
     description="Data-free knowledge distillation with diffusion models",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
@@ -41,7 +43,7 @@ setup(
         "pillow>=11,<14",
         "pydantic>=2.11,<3",
         "pyyaml>=6.0,<7",
-        "typer>=0.20,<1",
+        "typer>=0.29,<1",
         "tqdm>=4.67,<5",
         "webdataset>=1.0,<2",
         "tensorboard>=2.20,<3",

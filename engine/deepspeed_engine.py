@@ -50,7 +50,8 @@ class Place:
 
 def deepspeed_config(recipe: DistillationRecipe, parameters: int, processes: int) -> dict[str, Any]:
     """DeepSpeed's configuration: ours with the recipe's own merged over it; raises UserError where they collide."""
-    bucket = max(1, min(parameters, 500_000_000))
+    bucket = min(parameters, 500_000_000)
+    bucket += bucket % 2  # DeepSpeed wants it even
     ours: dict[str, Any] = {
         "train_batch_size": recipe.batch_size,
         "train_micro_batch_size_per_gpu": recipe.batch_size // processes,

@@ -216,6 +216,12 @@ def _impossible(recipe: Recipe) -> Iterable[tuple[str, str]]:
             )
         if guidance.class_weight == guidance.batchnorm_weight == guidance.adversarial_weight == 0:
             yield "guidance", "all weights are 0; set one above 0, or guidance.mode=none"
+        elif guidance.class_weight == guidance.batchnorm_weight == 0:
+            yield (
+                "guidance",
+                "class_weight and batchnorm_weight are 0, so nothing guides the first round, which has no student; "
+                "set one of them above 0",
+            )
         if guidance.adversarial_weight > 0 and recipe.rounds == 1:
             yield (
                 "guidance.adversarial_weight",
@@ -224,8 +230,12 @@ def _impossible(recipe: Recipe) -> Iterable[tuple[str, str]]:
             )
     if cutmix.every and synthesis.batch_size < 2:
         yield "cutmix.every", "CutMix needs a partner, but synthesis.batch_size is 1; raise it, or set cutmix.every=0"
-    if cutmix.every > synthesis.steps:
-        yield "cutmix.every", f"got {cutmix.every}, more than synthesis.steps={synthesis.steps}: it would never mix"
+    if cutmix.every >= synthesis.steps:
+        yield (
+            "cutmix.every",
+            f"got {cutmix.every} with synthesis.steps={synthesis.steps}: a mix needs a later step to repair its seam; "
+            f"set it to {synthesis.steps - 1} or less, or to 0",
+        )
     images = synthesis.images_per_class * len(teacher.classes)
     if recipe.rounds > images:
         yield "rounds", f"got {recipe.rounds} for {images} images; at most one round per image"

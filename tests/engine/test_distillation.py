@@ -266,6 +266,14 @@ def test_a_student_learns_and_the_hold_out_says_so(tmp_path: Path) -> None:
     assert summary.images_per_second > 0
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_a_student_with_an_odd_number_of_weights_trains(tmp_path: Path, zero_stage: int) -> None:
+    student = make_student()
+    student.model[2] = nn.PReLU()
+    assert sum(parameter.numel() for parameter in student.parameters()) % 2 == 1
+    assert train(tmp_path, student, toy_recipe(steps=2, zero_stage=zero_stage)).steps == 2
+
+
 def test_bfloat16_trains_close_to_float32(tmp_path: Path) -> None:
     single, half = make_student(), make_student()
     expected = train(tmp_path / "a", single, toy_recipe())

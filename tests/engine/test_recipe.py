@@ -46,6 +46,7 @@ BAD = [
     ("teacher.std=[0]", ["teacher.std.0", "greater than 0"]),
     ("student.architecture=null", ["student.architecture", "null"]),
     ("cutmix.every=13", ["cutmix.every", "13", "synthesis.steps=12"]),
+    ("cutmix.every=12", ["cutmix.every", "12", "11 or less"]),
     ("cutmix.alpha=0", ["cutmix.alpha", "greater than 0"]),
     ("cutmix.partner=self", ["cutmix.partner", "self", "'within'"]),
     ("rounds=0", ["rounds", "got 0"]),
@@ -85,6 +86,10 @@ def test_bad_override_is_one_line_that_names_the_field(override: str, words: lis
     [
         (["guidance.rho_rule=cfg", "synthesis.guidance_scale=1"], "guidance.rho_rule"),
         (["guidance.class_weight=0", "guidance.batchnorm_weight=0"], "guidance"),
+        (
+            ["guidance.class_weight=0", "guidance.batchnorm_weight=0", "guidance.adversarial_weight=1", "rounds=2"],
+            "guidance",
+        ),
         (["cutmix.every=2", "synthesis.batch_size=1"], "cutmix.every"),
         (["rounds=20", "distillation.steps=10"], "rounds"),
     ],
