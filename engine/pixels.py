@@ -13,6 +13,9 @@ from diffdfkd.engine.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What Pillow may take a file for, whatever its name: not PostScript, for which it would start an interpreter."""
+
 Channels = Literal[1, 3]
 
 
@@ -45,7 +48,7 @@ class Decoder:
     @staticmethod
     def _open(content: bytes, name: str) -> Image.Image:
         try:
-            image = Image.open(io.BytesIO(content))
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
             image.load()
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{name}: not a readable image: {error}") from None

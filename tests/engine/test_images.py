@@ -153,6 +153,12 @@ def test_unreadable_image_files_are_named(tmp_path: Path) -> None:
         open_images(root).read([1])
 
 
+def test_formats_that_are_not_asked_for_are_refused_under_any_name(tmp_path: Path) -> None:
+    Image.fromarray(PIXELS[0]).save(tmp_path / "a.png", "TGA")
+    with pytest.raises(UserError, match=r"a.png: not a readable image"):
+        open_images(tmp_path)
+
+
 def test_tars_are_read_in_any_order(tmp_path: Path) -> None:
     count = OPEN_FILES + 3
     for number in range(count):
