@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,8 @@ from typing import Any, BinaryIO, Literal
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 MANIFEST = "manifest.jsonl"
+TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+"""Names that `atomic_file` gives, and hardly anyone else: what has such a name may be deleted."""
 
 
 class DamagedShard(Exception):
@@ -101,7 +104,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 def remove_temporary(folder: Path) -> int:
     """Delete what killed runs left half-written at and below ``folder``; returns the number of files."""
-    leftovers = [path for path in folder.rglob(".*.tmp") if path.is_file()]
+    leftovers = [path for path in folder.rglob(".*.tmp") if TEMPORARY.fullmatch(path.name) and path.is_file()]
     for path in leftovers:
         path.unlink(missing_ok=True)
     return len(leftovers)

@@ -85,7 +85,7 @@ def synthesize(
     _refuse_foreign(root, folder, recipe, len(plans), choices)
     existing = {plan.index: sidecar for plan in plans if (sidecar := _existing(folder, plan, journal)) is not None}
     before = [sidecar for earlier in range(round) for sidecar in shards.list_shards(root, earlier)]
-    _refuse_loss([*before, *existing.values()])
+    _refuse_loss(recipe, [*before, *existing.values()])
 
     missing = [plan for plan in plans if plan.index not in existing]
     made: list[Sidecar] = []
@@ -114,7 +114,7 @@ def synthesize(
                     losses=losses,
                 )
                 seconds, started = seconds + now - started, now
-                _refuse_loss([*before, *existing.values(), *made])
+                _refuse_loss(recipe, [*before, *existing.values(), *made])
     shards.write_manifest(root, rounds=round + 1)
     ours = [*existing.values(), *made]
     return SynthesisSummary(
@@ -198,9 +198,10 @@ def _existing(folder: Path, plan: ShardPlan, journal: Journal) -> Sidecar | None
     return sidecar
 
 
-def _refuse_loss(sidecars: Sequence[Sidecar]) -> None:
+def _refuse_loss(recipe: Recipe, sidecars: Sequence[Sidecar]) -> None:
+    """UserError as soon as more is lost than the whole run may lose; a bad start alone is no reason."""
     dropped = sum(sidecar.dropped for sidecar in sidecars)
-    samples = dropped + sum(sidecar.images for sidecar in sidecars)
+    samples = recipe.synthesis.images_per_class * len(recipe.teacher.classes)
     if dropped > MOST_DROPPED * samples:
         raise UserError(
             f"guidance.rho: {dropped} of {samples} samples were not finite and had to be dropped, more than "

@@ -131,7 +131,8 @@ def test_atomic_write_replaces_whole_or_not_at_all(tmp_path):
 
 def test_leftovers_of_a_kill_are_removed_and_nothing_else(tmp_path):
     write(tmp_path)
+    (tmp_path / "round-000" / ".another-program.tmp").write_bytes(b"whole")
     before = content(tmp_path)
-    (tmp_path / "round-000" / ".shard-00001.tar.123-ab.tmp").write_bytes(b"half")
+    (tmp_path / "round-000" / ".shard-00001.tar.123-0123abcd.tmp").write_bytes(b"half")
     assert shards.remove_temporary(tmp_path) == 1
     assert content(tmp_path) == before

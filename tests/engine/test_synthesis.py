@@ -141,7 +141,7 @@ def lose_sidecar(folder):
 
 def leave_temporary(folder):
     (folder / "shard-00001.json").unlink()
-    (folder / "shard-00001.tar").rename(folder / ".shard-00001.tar.1-ab.tmp")
+    (folder / "shard-00001.tar").rename(folder / ".shard-00001.tar.1-0123abcd.tmp")
 
 
 @pytest.mark.parametrize(
@@ -344,6 +344,12 @@ def test_a_sample_that_is_not_finite_is_dropped_and_counted(make, models, tmp_pa
     assert (sidecar.images, sidecar.dropped) == (119, 1)
     assert [record["sample"] for record, _ in read(tmp_path)] == [id for id in range(120) if id != 5]
     assert run(make(*LARGE), models, tmp_path).made == 0
+
+
+def test_one_in_a_hundred_is_of_the_whole_run_and_not_of_its_first_shard(make, models, tmp_path, monkeypatch):
+    poison(monkeypatch, [5])
+    summary = run(make(*LARGE, "synthesis.batches_per_shard=1"), models, tmp_path)
+    assert (summary.shards, summary.images, summary.dropped) == (2, 119, 1)
 
 
 def test_more_than_one_in_a_hundred_dropped_fails_now_and_again(make, models, tmp_path, monkeypatch):
