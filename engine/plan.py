@@ -94,11 +94,6 @@ def choices_digest(choices: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(dict(choices))).hexdigest()
 
 
-def synthesis_digest(recipe: Recipe, prior_digest: str, teacher_digest: str, snapshot_digest: str | None = None) -> str:
-    """Digest that all shards of one data set (of one round, where the student takes part) share."""
-    return choices_digest(synthesis_choices(recipe, prior_digest, teacher_digest, snapshot_digest))
-
-
 def differing_choices(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """The fields that differ, in words: ``synthesis.steps was 12 and is 20``."""
     words = {"prior": "the prior's weights", "teacher": "the teacher's weights", "student": "the student's snapshot"}

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -371,11 +371,6 @@ def _explain(error: ValidationError) -> str:
         return f"{field}: missing; add it to the recipe or give {field}=..."
     message = first["msg"].removeprefix("Value error, ")
     return f"{field}: got {given}; {message[0].lower()}{message[1:]}"
-
-
-def samplers() -> tuple[str, ...]:
-    """Names of the samplers that a recipe may ask for."""
-    return get_args(Sampler)
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
