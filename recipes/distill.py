@@ -35,8 +35,9 @@ def distill(recipe: Recipe, images: Path | None = None, *, progress: bool = True
         recipe = folder.recipe
         use_device(recipe)
         data, digest = own_shards(folder) if images is None else foreign_images(recipe, images)
-        if rank() == 0 and (result := finished(folder)) is not None and result.get("data_digest") in (None, digest):
-            return result
+        # Asked on every rank, or those behind the first would wait for it in vain.
+        if (result := finished(folder)) is not None and result.get("data_digest") in (None, digest):
+            return result if rank() == 0 else None
         teacher, student, test = load_classifiers(recipe)
         with ExitStack() as stack:
             if rank() == 0:
