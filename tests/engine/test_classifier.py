@@ -219,9 +219,10 @@ def test_pickles_of_plain_state_dicts_are_read_and_others_refused(tmp_path: Path
     torch.save(source, path)
     with pytest.raises(UserError, match="is not executed"):
         load_weights(model, path, field="student")
-    path.write_bytes(b"not a pickle")
-    with pytest.raises(UserError, match="is not executed"):
-        load_weights(model, path, field="student")
+    for rubbish in (b"not a pickle", b"", b"root:x:0:0:root", bytes(range(256))):
+        path.write_bytes(rubbish)
+        with pytest.raises(UserError, match="is not executed"):
+            load_weights(model, path, field="student")
 
 
 def test_the_digest_of_a_folder_knows_names_and_contents(tmp_path: Path) -> None:
