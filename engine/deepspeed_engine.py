@@ -23,21 +23,6 @@ from diffdfkd.engine.classifier import Classifier
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import DistillationRecipe
 
-OWNED = {
-    "train_batch_size": "distillation.batch_size",
-    "train_micro_batch_size_per_gpu": "distillation.batch_size",
-    "gradient_accumulation_steps": "distillation.batch_size",
-    "optimizer": "distillation.optimizer",
-    "scheduler": "distillation.schedule",
-    "fp16": "distillation.dtype",
-    "bf16": "distillation.dtype",
-    "amp": "distillation.dtype",
-    "torch_autocast": "distillation.dtype",
-    "zero_optimization.stage": "distillation.zero_stage",
-    "checkpoint": "distillation.checkpoint_every",
-}
-"""DeepSpeed keys that a field of the recipe decides."""
-
 
 @dataclass(frozen=True)
 class Place:
@@ -49,7 +34,7 @@ class Place:
 
 
 def deepspeed_config(recipe: DistillationRecipe, parameters: int, processes: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: ours with the recipe's own merged over it; raises UserError where they collide."""
+    """DeepSpeed's configuration: ours with the recipe's own merged over it, which holds no key that we own."""
     bucket = min(parameters, 500_000_000)
     bucket += bucket % 2  # DeepSpeed wants it even
     ours: dict[str, Any] = {
@@ -69,17 +54,7 @@ def deepspeed_config(recipe: DistillationRecipe, parameters: int, processes: int
     if recipe.dtype == "bfloat16":
         # `bf16` would cast the parameters but not BatchNorm's buffers, and fail.
         ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    for key, field in OWNED.items():
-        given, own = _at(recipe.deepspeed, key), _at(ours, key)
-        if given is not None and given != own:
-            raise UserError(f"distillation.deepspeed.{key}: got {given!r}, but {field} decides this; set that instead")
     return _merged(ours, recipe.deepspeed)
-
-
-def _at(config: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        config = config.get(key) if isinstance(config, dict) else None
-    return config
 
 
 def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

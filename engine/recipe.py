@@ -125,6 +125,22 @@ class CutMixRecipe(Section):
     """Share of the samples that are mixed each time."""
 
 
+OWNED = {
+    "train_batch_size": "distillation.batch_size",
+    "train_micro_batch_size_per_gpu": "distillation.batch_size",
+    "gradient_accumulation_steps": "distillation.batch_size",
+    "optimizer": "distillation.optimizer",
+    "scheduler": "distillation.schedule",
+    "fp16": "distillation.dtype",
+    "bf16": "distillation.dtype",
+    "amp": "distillation.dtype",
+    "torch_autocast": "distillation.dtype",
+    "zero_optimization.stage": "distillation.zero_stage",
+    "checkpoint": "distillation.checkpoint_every",
+}
+"""DeepSpeed keys that a field of the recipe decides."""
+
+
 class DistillationRecipe(Section):
     steps: Count = 1500
     """Optimizer steps over all rounds."""
@@ -152,6 +168,26 @@ class DistillationRecipe(Section):
     """Steps between checkpoints."""
     holdout: Annotated[int, Field(ge=0)] = 0
     """Synthetic images held back from training to report agreement with the teacher on."""
+
+    @model_validator(mode="after")
+    def _deepspeed_is_free(self) -> "DistillationRecipe":
+        # Here and not where DeepSpeed begins, since all images would have been made by then.
+        if not isinstance(self.deepspeed.get("zero_optimization", {}), dict):
+            raise UserError("distillation.deepspeed.zero_optimization: a mapping of DeepSpeed's keys; see its manual")
+        ours = {
+            "train_batch_size": self.batch_size,
+            "gradient_accumulation_steps": 1,
+            "zero_optimization.stage": self.zero_stage,
+        }
+        for key, field in OWNED.items():
+            given: Any = self.deepspeed
+            for part in key.split("."):
+                given = given.get(part) if isinstance(given, dict) else None
+            if given is not None and given != ours.get(key):
+                raise UserError(
+                    f"distillation.deepspeed.{key}: got {given!r}, but {field} decides this; set that instead"
+                )
+        return self
 
 
 class EvaluationRecipe(Section):
@@ -230,6 +266,8 @@ def _impossible(recipe: Recipe) -> Iterable[tuple[str, str]]:
             )
     if cutmix.every and synthesis.batch_size < 2:
         yield "cutmix.every", "CutMix needs a partner, but synthesis.batch_size is 1; raise it, or set cutmix.every=0"
+    elif cutmix.every and cutmix.partner == "within":
+        yield from _no_partner_within(recipe)
     if cutmix.every >= synthesis.steps:
         yield (
             "cutmix.every",
@@ -245,6 +283,32 @@ def _impossible(recipe: Recipe) -> Iterable[tuple[str, str]]:
         yield "distillation.holdout", f"got {recipe.distillation.holdout} of {images} images; leave some to train on"
     if recipe.evaluation.labels and not recipe.evaluation.images:
         yield "evaluation.labels", "given without evaluation.images; give both, or a folder with one sub-folder a class"
+
+
+def _no_partner_within(recipe: Recipe) -> Iterable[tuple[str, str]]:
+    """Where no batch can hold a class twice, so that CutMix within a class would silently never mix.
+
+    Each block of K samples of a round holds each of the K classes once: a class can come twice only in a batch that
+    reaches over the end of a block.
+    """
+    classes, batch, per_class = (
+        len(recipe.teacher.classes),
+        recipe.synthesis.batch_size,
+        recipe.synthesis.images_per_class,
+    )
+    cure = "or take cutmix.partner=across or any"
+    if classes % batch == 0:
+        yield (
+            "cutmix.partner",
+            f"within finds no partner: with synthesis.batch_size={batch} no batch holds one of the {classes} classes "
+            f"twice; raise synthesis.batch_size above {classes}, {cure}",
+        )
+    elif per_class <= recipe.rounds:
+        yield (
+            "cutmix.partner",
+            f"within finds no partner: synthesis.images_per_class={per_class} over rounds={recipe.rounds} is at most "
+            f"one image of a class a round; raise synthesis.images_per_class above {recipe.rounds}, {cure}",
+        )
 
 
 PATHS = ("prior.path", "teacher.weights", "student.weights", "evaluation.images", "evaluation.labels")

@@ -1,5 +1,6 @@
 """Recipes: what they accept, what they refuse, and in which words."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.plan import round_samples
 from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
 
 MINIMAL: dict[str, Any] = {
@@ -56,6 +58,14 @@ BAD = [
     ("distillation.optimizer=lion", ["distillation.optimizer", "lion", "'adamw'"]),
     ("distillation.zero_stage=4", ["distillation.zero_stage", "got 4"]),
     ("distillation.augmentation=[flop]", ["distillation.augmentation.0", "flop", "'flip'"]),
+    (
+        "distillation.deepspeed.zero_optimization.stage=2",
+        ["distillation.deepspeed.zero_optimization.stage", "zero_stage"],
+    ),
+    ("distillation.deepspeed.train_batch_size=64", ["distillation.deepspeed.train_batch_size", "64", "batch_size"]),
+    ("distillation.deepspeed.train_micro_batch_size_per_gpu=64", ["distillation.deepspeed.train_micro", "batch_size"]),
+    ("distillation.deepspeed.bf16={enabled: true}", ["distillation.deepspeed.bf16", "distillation.dtype decides"]),
+    ("distillation.deepspeed.zero_optimization=2", ["distillation.deepspeed.zero_optimization", "mapping"]),
     ("distillation.holdout=400", ["distillation.holdout", "400 of 400"]),
     ("evaluation.labels=x", ["evaluation.labels", "without evaluation.images"]),
     ("seed=-1", ["seed", "-1"]),
@@ -97,6 +107,26 @@ def test_bad_override_is_one_line_that_names_the_field(override: str, words: lis
 def test_impossible_combination(overrides: list[str], field: str) -> None:
     with pytest.raises(UserError, match=f"^{field}: "):
         load_recipe(MINIMAL, overrides)
+
+
+@pytest.mark.parametrize(
+    ("classes", "batch", "per_class", "rounds"), itertools.product((2, 4, 6), range(2, 9), (1, 2, 3), (1, 2))
+)
+def test_cutmix_within_is_refused_exactly_where_no_batch_can_hold_a_class_twice(
+    classes: int, batch: int, per_class: int, rounds: int
+) -> None:
+    overrides = ["cutmix.every=2", f"synthesis.batch_size={batch}", f"synthesis.images_per_class={per_class}"]
+    source = {**MINIMAL, "teacher": {**MINIMAL["teacher"], "classes": [str(i) for i in range(classes)]}}
+    asked = load_recipe(source, [*overrides, f"rounds={rounds}", "cutmix.partner=any"])
+    sizes = [round_samples(asked, round) for round in range(rounds)]
+    batches = [range(first, min(first + batch, size)) for size in sizes for first in range(0, size, batch)]
+    # Any order of the classes in a block is possible: two blocks in one batch may share a class.
+    possible = any(batch[0] // classes != batch[-1] // classes for batch in batches)
+    if possible:
+        load_recipe(source, [*overrides, f"rounds={rounds}"])
+    else:
+        with pytest.raises(UserError, match=r"^cutmix\.partner: within finds no partner.*; raise synthesis\."):
+            load_recipe(source, [*overrides, f"rounds={rounds}"])
 
 
 def test_guidance_off_needs_no_weights() -> None:
