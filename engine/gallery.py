@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.page import picture
 
 Content = dict[str, Any]
@@ -24,7 +25,10 @@ SHOWN_PIXELS = 96
 
 def _preview(folder: Path) -> Content:
     file = folder / "preview" / "preview.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        return json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError:
+        raise UserError(f"{file}: damaged; give the command of the run again, which makes the preview anew") from None
 
 
 def guidance_gallery(folder: Path) -> str:

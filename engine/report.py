@@ -25,7 +25,7 @@ def write_report(folder: Path) -> Path:
     recipe_file = folder / "recipe.yaml"
     if not recipe_file.is_file():
         raise UserError(f"{folder}: not a folder of a run (it has no recipe.yaml); name the output of diffdfkd run")
-    recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
+    recipe = _read_recipe(recipe_file)
     result = _read_json(folder / "result.json")
     journal = folder / "metrics.jsonl"
     rows = read_journal(journal) if journal.is_file() else []
@@ -46,8 +46,25 @@ def write_report(folder: Path) -> Path:
     return path
 
 
+def _read_recipe(path: Path) -> Content:
+    problem = "it is not what a run writes"
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if isinstance(recipe, dict) and isinstance(recipe.get("frozen"), dict):
+            return recipe
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+    raise UserError(f"{path}: damaged; put it back from a copy, or run into another folder ({problem})")
+
+
 def _read_json(path: Path) -> Content:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged; give the command of the run again, which writes the file anew")
+    return content
 
 
 def _head(folder: Path, recipe: Content, result: Content, account: Accounts) -> str:

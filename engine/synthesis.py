@@ -1,10 +1,9 @@
-"""The synthetic data set of a run: makes the shards that are missing, and a preview for the report.
+"""The synthetic data set of a run: makes the shards that are missing.
 
 A shard is a pure function of (recipe, round, shard index, student snapshot). So to continue a run is to verify the
 shards that exist and make the others, and a kill costs the shard that was being made.
 """
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -23,21 +22,16 @@ from diffdfkd.engine.painter import (
     Painter,
     Painting,
     class_prompts,
-    encode,
     first_losses,
     last_losses,
     round_,
-    saved_size,
-    soft_label,
     uses_student,
 )
 from diffdfkd.engine.plan import (
     ShardPlan,
     choices_digest,
-    class_labels,
     differing_choices,
     round_samples,
-    sample_ids,
     shard_plan,
     synthesis_choices,
     weights_digest,
@@ -47,7 +41,6 @@ from diffdfkd.engine.shards import DamagedShard, Sidecar
 
 MOST_DROPPED = 0.01
 """Share of a run's samples that may be lost to non-finite numbers."""
-PREVIEW_CLASSES, PREVIEW_PER_CLASS, PREVIEW_MIXES = 20, 2, 3
 
 log = logging.getLogger(__name__)
 
@@ -212,93 +205,3 @@ def _refuse_loss(recipe: Recipe, sidecars: Sequence[Sidecar]) -> None:
 def _mean(losses: Iterable[dict[str, float] | None]) -> dict[str, float] | None:
     given = [entry for entry in losses if entry is not None]
     return {name: round_(sum(entry[name] for entry in given) / len(given)) for name in given[0]} if given else None
-
-
-def preview_pairs(recipe: Recipe, models: Models, output: Path, journal: Journal) -> Path:
-    """A few samples for the report, as image files and ``preview.json`` under ``output/preview``; returns the latter.
-
-    Two samples of each of at most 20 classes, from the noise of the run's first samples but in a batch of their own and
-    without CutMix: ``pairs`` has their class, class_name, sample, unguided and guided file (None where not guided or
-    not finite). With CutMix on, ``mixes`` has owner, partner and child file, box (top, left, bottom, right in pixels,
-    half open), area, names and soft_label of at most three. ``size`` is the images' edge in pixels. Nothing is done
-    when the preview of the same choices exists.
-    """
-    folder, file = output / "preview", output / "preview" / "preview.json"
-    digest = choices_digest(round_choices(recipe, models, 0))
-    if file.exists() and json.loads(file.read_bytes()).get("digest") == digest:
-        return file
-    started = time.perf_counter()
-    n_classes = len(recipe.teacher.classes)
-    ids = sample_ids(0, 0, PREVIEW_PER_CLASS * n_classes)
-    classes = class_labels(recipe.seed, 0, 0, len(ids), n_classes)
-    shown = classes < PREVIEW_CLASSES
-    ids, classes = ids[shown], classes[shown]
-    guided_run = recipe.guidance.mode != "none"
-    batches = list(zip(ids.split(recipe.synthesis.batch_size), classes.split(recipe.synthesis.batch_size), strict=True))
-    shards.remove_temporary(folder)
-    pairs: list[dict[str, Any]] = []
-    mixes: list[dict[str, Any]] = []
-    with Painter(recipe, models, 0) as painter:
-        for batch_ids, batch_classes in batches:
-            unguided = painter.paint(batch_ids, batch_classes, guided=False, mixed=False)
-            guided = painter.paint(batch_ids, batch_classes, mixed=False) if guided_run else None
-            for i, (id, label) in enumerate(zip(batch_ids.tolist(), batch_classes.tolist(), strict=True)):
-                pairs.append(
-                    {
-                        "class": label,
-                        "class_name": recipe.teacher.classes[label],
-                        "sample": id,
-                        "unguided": _save(folder, f"unguided-{id:05d}.png", unguided, i),
-                        "guided": _save(folder, f"guided-{id:05d}.png", guided, i),
-                    }
-                )
-            if recipe.cutmix.every and len(mixes) < PREVIEW_MIXES:
-                cut = painter.paint(batch_ids, batch_classes)
-                for i in _telling_mixes(cut)[: PREVIEW_MIXES - len(mixes)]:
-                    mixes.append(_mix(recipe, models, folder, batch_ids, batch_classes, guided or unguided, cut, i))
-    pairs.sort(key=lambda pair: (pair["class"], pair["sample"]))
-    content = {"digest": digest, "size": saved_size(recipe), "pairs": pairs, "mixes": mixes}
-    shards.write_atomic(file, shards.canonical_json(content) + b"\n")
-    journal.log("preview", samples=len(ids), seconds=round_(time.perf_counter() - started))
-    return file
-
-
-def _save(folder: Path, name: str, painting: Painting | None, i: int) -> str | None:
-    """File name of the written image; None for a sample that is not there."""
-    if painting is None or not painting.alive[i]:
-        return None
-    shards.write_atomic(folder / name, encode(painting.images[i], "png"))
-    return name
-
-
-def _mix(
-    recipe: Recipe,
-    models: Models,
-    folder: Path,
-    ids: Tensor,
-    classes: Tensor,
-    uncut: Painting,
-    cut: Painting,
-    i: int,
-) -> dict[str, Any]:
-    """Entry of ``preview.json`` on sample ``i`` of the batch and its last patch, with its images written."""
-    parent = cut.plan.parents[i][-1]
-    partner = ids.tolist().index(parent.partner)
-    scale = [saved_size(recipe) / n for n in models.prior.latent_shape[1:] * 2]
-    return {
-        "owner": _save(folder, f"uncut-{int(ids[i]):05d}.png", uncut, i),
-        "partner": _save(folder, f"uncut-{parent.partner:05d}.png", uncut, partner),
-        "child": _save(folder, f"child-{int(ids[i]):05d}.png", cut, i),
-        "box": [round(x * by) for x, by in zip(parent.box, scale, strict=True)],
-        "area": round_(parent.area),
-        "owner_class": recipe.teacher.classes[int(classes[i])],
-        "partner_class": recipe.teacher.classes[int(classes[partner])],
-        "soft_label": soft_label(cut.targets[i]),
-    }
-
-
-def _telling_mixes(painting: Painting) -> list[int]:
-    """Samples whose last patch shows best: few patches, and about half of the image."""
-    parents = painting.plan.parents
-    mixed = [i for i in range(len(parents)) if parents[i] and painting.alive[i]]
-    return sorted(mixed, key=lambda i: (len(parents[i]), abs(parents[i][-1].area - 0.5)))

@@ -105,8 +105,13 @@ def finished(folder: RunFolder) -> dict[str, Any] | None:
     recipe = folder.recipe
     if folder.grown or not folder.result.is_file() or not folder.student.is_file():
         return None
-    result = json.loads(folder.result.read_text(encoding="utf-8"))
-    if result["student_sha256"] != digest(folder.student) or result["evaluation"] != recipe.evaluation.model_dump():
+    try:
+        result = json.loads(folder.result.read_bytes())
+    except ValueError:  # no JSON: it is written again
+        return None
+    if not isinstance(result, dict) or result.get("student_sha256") != digest(folder.student):
+        return None
+    if result.get("evaluation") != recipe.evaluation.model_dump():
         return None
     plans = [] if folder.images else [plan for round in range(recipe.rounds) for plan in shard_plan(recipe, round)]
     try:

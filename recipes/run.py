@@ -36,7 +36,8 @@ def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         recipe = folder.recipe
         if (result := finished(folder)) is not None:
             return result
-        from diffdfkd.engine.synthesis import Models, preview_pairs, synthesize
+        from diffdfkd.engine.preview import preview_pairs
+        from diffdfkd.engine.synthesis import Models, synthesize
 
         use_device(recipe)
         prior, teacher, student, test = load(recipe)

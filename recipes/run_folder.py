@@ -174,7 +174,10 @@ def _settle(recipe: Recipe, folder: Path, prior: bool, images: Path | None) -> R
     frozen = _frozen(folder)
     before: Recipe | None = None
     if frozen is not None and not _empty(folder):
-        before = load_recipe(folder / "recipe.yaml")
+        try:
+            before = load_recipe(folder / "recipe.yaml")
+        except UserError as error:
+            raise UserError(f"output: {folder / 'recipe.yaml'}: {error}; or choose another output folder") from None
     settled = _absolute(settle_machine(recipe, before))
     source = None if images is None else str(images.resolve())
     grown = False
@@ -229,7 +232,13 @@ def _frozen(folder: Path) -> dict[str, Any] | None:
     file = folder / "recipe.yaml"
     if not file.is_file():
         return None
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(
+            f"output: {file} is no longer YAML; put it back from a copy, or choose another output folder ({problem})"
+        ) from None
     frozen = content.get("frozen") if isinstance(content, dict) else None
     if not isinstance(frozen, dict):
         raise UserError(f"output: {file} was not written by a run; choose another output folder")

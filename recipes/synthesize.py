@@ -18,8 +18,9 @@ def synthesize(recipe: Recipe, *, progress: bool = True) -> str:
     """
     started = time.perf_counter()
     from diffdfkd.engine.classifier import build_classifier
+    from diffdfkd.engine.preview import preview_pairs
     from diffdfkd.engine.prior import load_prior
-    from diffdfkd.engine.synthesis import Models, preview_pairs
+    from diffdfkd.engine.synthesis import Models
     from diffdfkd.engine.synthesis import synthesize as make_shards
 
     with claim(recipe) as folder:

@@ -12,9 +12,10 @@ from diffdfkd.engine.classifier import Classifier, Preprocessing
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.journal import Journal, read_journal
 from diffdfkd.engine.painter import Models
+from diffdfkd.engine.preview import preview_pairs
 from diffdfkd.engine.prior import load_prior
 from diffdfkd.engine.recipe import load_recipe
-from diffdfkd.engine.synthesis import preview_pairs, synthesize
+from diffdfkd.engine.synthesis import synthesize
 
 CLASSES = ["boot", "coat", "shirt"]
 

@@ -19,6 +19,7 @@ from diffdfkd.engine.accounts import accounts
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.journal import read_journal
 from diffdfkd.engine.recipe import load_recipe
+from diffdfkd.engine.report import write_report
 from diffdfkd.recipes.distill import distill
 from diffdfkd.recipes.evaluate import evaluate
 from diffdfkd.recipes.run import run
@@ -223,6 +224,44 @@ def test_versions_of_the_beginning_are_kept_and_a_change_is_said(
     assert yaml.safe_load((copy / "recipe.yaml").read_text())["frozen"]["versions"]["torch"] == "2.0.0"
     assert result["versions"]["torch"] != "2.0.0"
     assert "the run began with torch 2.0.0, now " in caplog.text
+
+
+@pytest.mark.parametrize("text", ["prior: [", "seed: 1", "just words", "\x00"])
+def test_broken_recipe_in_the_folder_is_one_line(copy: Path, tiny_recipe: Path, text: str) -> None:
+    (copy / "recipe.yaml").write_text(text)
+    for command in (lambda: again(tiny_recipe, copy), lambda: write_report(copy)):
+        with pytest.raises(UserError, match=r"recipe\.yaml.* another (output )?folder") as error:
+            command()
+        assert "\n" not in str(error.value)
+
+
+def test_recipe_of_the_folder_is_named_where_it_no_longer_holds(copy: Path, tiny_recipe: Path) -> None:
+    content = yaml.safe_load((copy / "recipe.yaml").read_text())
+    content["guidance"]["strength"] = 3
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"^output: .*recipe\.yaml: guidance\.strength: unknown field"):
+        again(tiny_recipe, copy)
+
+
+@pytest.mark.parametrize("text", ['{"student_accuracy": 0.5, "stu', "", "[]", "{}", "\xff"])
+def test_broken_result_is_written_again(copy: Path, tiny_recipe: Path, finished_run: Finished, text: str) -> None:
+    (copy / "result.json").write_text(text, encoding="latin-1")
+    if text != "{}":
+        with pytest.raises(UserError, match=r"result\.json: damaged; give the command of the run again"):
+            write_report(copy)
+    result = again(tiny_recipe, copy)
+    assert result["student_sha256"] == finished_run[1]["student_sha256"]
+    assert json.loads((copy / "result.json").read_text()) == result
+
+
+def test_broken_preview_is_made_again(copy: Path, tiny_recipe: Path, finished_run: Finished) -> None:
+    file = copy / "preview" / "preview.json"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"preview\.json: damaged"):
+        write_report(copy)
+    (copy / "result.json").unlink()
+    again(tiny_recipe, copy)
+    assert file.read_bytes() == (finished_run[0] / "preview" / "preview.json").read_bytes()
 
 
 def test_mistake_does_not_bind_the_folder(tiny_recipe: Path, tmp_path: Path) -> None:
