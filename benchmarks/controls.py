@@ -10,11 +10,12 @@ the oracle alone (``--fashion``), which no other part of the demo reads.
 import argparse
 import csv
 import hashlib
+import io
 import json
 import shutil
-import time
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffdfkd.engine.classifier import Classifier, build_classifier, load_weights
+from diffdfkd.engine.accounts import accounts
+from diffdfkd.engine.classifier import Classifier, Preprocessing, build_classifier, load_weights
 from diffdfkd.engine.distillation import distill
+from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.evaluation import evaluate
 from diffdfkd.engine.images import Images, open_images
-from diffdfkd.engine.journal import Journal
-from diffdfkd.engine.recipe import Recipe, load_recipe
-from diffdfkd.engine.shards import write_atomic
+from diffdfkd.engine.journal import Journal, read_journal
+from diffdfkd.engine.plan import shard_plan
+from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
+from diffdfkd.engine.shards import round_folder, shard_path, write_atomic
+from diffdfkd.recipes.figures import stage
 from diffdfkd.recipes.render_icons import Glyphs, augment, load_glyphs
-from diffdfkd.recipes.run import run
+from diffdfkd.recipes.run import load_classifiers, open_test, run, use_device
+from diffdfkd.recipes.run_folder import settle_machine
 from diffdfkd.recipes.train_teacher import fashion_split, training_files
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,11 +51,12 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 
 @dataclass
 class FreshIcons:
-    """The prior's own training images: a new augmentation of a class-balanced icon at every index."""
+    """The prior's own training images of the teacher's classes, balanced: a new augmentation at every index."""
 
     glyphs: Glyphs
     length: int
     seed: int
+    preprocessing: Preprocessing
     classes: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -60,7 +67,10 @@ class FreshIcons:
         return self.length
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """uint8 images [n, 1, 32, 32] and classes [n]; a function of the seed and the indices."""
+        """uint8 images [n, 1, size, size] and classes [n]; a function of the seed and the indices.
+
+        Resized to the teacher's input before the student's augmentation, as synthetic images are.
+        """
         key = hashlib.sha256(np.asarray([self.seed, *indices], dtype=np.int64).tobytes()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
         labels = torch.tensor([int(index) % len(self._by_class) for index in indices])
@@ -70,7 +80,7 @@ class FreshIcons:
                 for members in (self._by_class[int(label)] for label in labels)
             ]
         )
-        images = augment(self.glyphs.select(rows), generator)
+        images = self.preprocessing.fit(augment(self.glyphs.select(rows), generator)).clamp(0, 1)
         return (images * 255).round().to(torch.uint8), labels
 
 
@@ -109,85 +119,94 @@ def predictions(classifier: Classifier, images: Images, batch_size: int = 500) -
 
 
 def train_on(images: Images, recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """The recipe's student distilled on other images: same teacher, budget, augmentation and seed."""
-    torch.set_num_threads(recipe.threads or torch.get_num_threads())
-    teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher")
-    student = build_classifier(recipe.student, recipe.teacher, field="student", seed=recipe.seed)
+    """The recipe's student distilled on other images: same teacher, budget, augmentation, seed and device."""
+    use_device(recipe)
+    teacher, student, test = load_classifiers(recipe)
+    assert test is not None
     folder.mkdir(parents=True, exist_ok=True)
-    journal = Journal(folder / "metrics.jsonl")
-    started = time.perf_counter()
-    distill(
-        student,
-        teacher,
-        images,
-        recipe.distillation,
-        folder / "student",
-        seed=recipe.seed,
-        data_digest=folder.name,
-        journal=journal,
-        device=torch.device("cpu"),
-    )
-    seconds = time.perf_counter() - started
-    test = open_images(str(recipe.evaluation.images), recipe.evaluation.labels, channels=recipe.teacher.channels)
-    result = evaluate(student, test, teacher=teacher, batch_size=recipe.evaluation.batch_size, device="cpu")
+    with Journal(folder / "metrics.jsonl") as journal, stage(journal, "distillation", recipe):
+        journal.log("session", command="controls")
+        summary = distill(
+            student,
+            teacher,
+            images,
+            recipe.distillation,
+            folder / "student",
+            seed=recipe.seed,
+            data_digest=f"{type(images).__name__} {len(images)} {recipe.seed}",
+            journal=journal,
+            device=recipe.device,
+        )
+        journal.log("distillation", images=len(images), **asdict(summary))
+    result = evaluate(student, test, teacher=teacher, batch_size=recipe.evaluation.batch_size, device=recipe.device)
     np.save(folder / "predictions.npy", predictions(student, test).numpy())
     return {
         "student_accuracy": result.accuracy,
         "teacher_accuracy": result.teacher_accuracy,
         "images": len(images),
-        "seconds": seconds,
+        "seconds": accounts(read_journal(folder / "metrics.jsonl")).distillation_seconds,
     }
 
 
 def run_synthesis(recipe: Recipe, shared: Path | None) -> dict[str, Any]:
-    """The recipe as ``diffdfkd run`` runs it; shards that a larger run of the same choices made are taken from it."""
+    """The recipe as ``diffdfkd run`` runs it; shards that a larger run of the same choices made are taken from it.
+
+    A shard is a function of the recipe's choices alone, which the run checks: the copies are what it would make.
+    """
     output = Path(recipe.output)
-    synthesis_seconds = None
-    if shared is not None and not (output / "synthetic").exists():
-        needed = -(-recipe.synthesis.images_per_class * len(recipe.teacher.classes) // recipe.synthesis.batch_size)
-        target = output / "synthetic" / "round-000"
-        target.mkdir(parents=True)
-        events = [json.loads(line) for line in (shared / "metrics.jsonl").read_text().splitlines()]
-        made = {event["shard"]: event["seconds"] for event in events if event["event"] == "shard"}
-        synthesis_seconds = sum(made[index] for index in range(needed))
-        for index in range(needed):
-            for suffix in (".tar", ".json"):
-                name = f"shard-{index:05d}{suffix}"
-                shutil.copyfile(shared / "synthetic" / "round-000" / name, target / name)
+    reused = 0.0
+    if shared is not None:
+        plan = shard_plan(recipe, 0)
+        made = {
+            event["shard"]: event["seconds"]
+            for event in read_journal(shared / "metrics.jsonl")
+            if event["event"] == "shard"
+        }
+        reused = sum(made[shard.index] for shard in plan)
+        source, target = (round_folder(root / "synthetic", 0) for root in (shared, output))
+        target.mkdir(parents=True, exist_ok=True)
+        for shard in plan:
+            for path in (shard_path(source, shard.index), shard_path(source, shard.index).with_suffix(".json")):
+                if not (target / path.name).exists():
+                    shutil.copyfile(path, target / path.name)
     result = run(recipe)
-    student = build_classifier(recipe.student, recipe.teacher, field="student", seed=recipe.seed)
+    _, student, test = load_classifiers(recipe)
+    assert test is not None
     load_weights(student.model, output / "student" / "student.safetensors", field="student")
-    student.eval()
-    test = open_images(str(recipe.evaluation.images), recipe.evaluation.labels, channels=recipe.teacher.channels)
     np.save(output / "predictions.npy", predictions(student, test).numpy())
-    seconds = result["distillation_seconds"] + (synthesis_seconds or result["synthesis_seconds"])
     return {
         "student_accuracy": result["student_accuracy"],
         "teacher_accuracy": result["teacher_accuracy"],
         "images": result["images"],
-        "seconds": seconds,
+        "seconds": result["distillation_seconds"] + (reused or result["synthesis_seconds"]),
     }
 
 
 def one(variant: str, budget: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One row of the table, made or read back."""
+    """One row of the table, made or read back. Raises UserError where the folder holds a row of another recipe."""
     folder = arguments.output / f"{variant}-{budget}-{seed}"
-    row_file = folder / "row.json"
-    if row_file.is_file():
-        return json.loads(row_file.read_text())
     overrides = [*BUDGETS[budget], f"seed={seed}", f"output={folder}", *arguments.override]
     if variant == "unguided":
         overrides.append("guidance.mode=none")
-    recipe = load_recipe(arguments.recipe, overrides)
-    total = recipe.synthesis.images_per_class * len(recipe.teacher.classes)
+    recipe = settle_machine(load_recipe(arguments.recipe, overrides))
+    if recipe.rounds > 1:
+        raise UserError(f"rounds: got {recipe.rounds}; the controls compare runs of one round")
+    row_file = folder / "row.json"
+    if row_file.is_file():
+        held = json.loads(row_file.read_text())
+        if held["recipe"] != dump_recipe(recipe):
+            raise UserError(f"{row_file}: made by another recipe; choose another --output, or delete the folder")
+        return held["row"]
     if variant in ("guided", "unguided"):
         larger = arguments.output / f"{variant}-default-{seed}"
-        values = run_synthesis(recipe, larger if budget == "small" and larger.is_dir() else None)
+        values = run_synthesis(recipe, larger if budget == "small" and (larger / "row.json").is_file() else None)
     elif variant == "floor":
         # As many as are drawn, so that no augmentation is seen twice.
         drawn = recipe.distillation.steps * recipe.distillation.batch_size
-        values = train_on(FreshIcons(load_glyphs(), drawn, seed), recipe, folder)
+        teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher")
+        values = train_on(FreshIcons(load_glyphs(), drawn, seed, teacher.preprocessing), recipe, folder)
     else:
+        total = recipe.synthesis.images_per_class * len(recipe.teacher.classes)
         values = train_on(real_images(arguments.fashion, total, seed), recipe, folder)
     row = {
         "variant": variant,
@@ -199,13 +218,14 @@ def one(variant: str, budget: str, seed: int, arguments: argparse.Namespace) -> 
         "distillation_steps": recipe.distillation.steps,
         "seconds": round(values["seconds"], 1),
     }
-    write_atomic(row_file, json.dumps(row).encode())
+    write_atomic(row_file, json.dumps({"row": row, "recipe": dump_recipe(recipe)}).encode())
     return row
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean by Student's t over seeds."""
-    half = T_95[len(values) - 1] * values.std(ddof=1) / np.sqrt(len(values))
+    """95 % interval of the mean by Student's t over seeds; NaN from one seed or more than ten."""
+    quantile = T_95.get(len(values) - 1, float("nan"))
+    half = quantile * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
     return float(values.mean() - half), float(values.mean() + half)
 
 
@@ -222,9 +242,9 @@ def bootstrap_interval(differences: np.ndarray, draws: int = 2000) -> tuple[floa
 
 
 def paired(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Guided minus each other variant, paired by seed and test image."""
-    recipe = load_recipe(arguments.recipe)
-    test = open_images(str(recipe.evaluation.images), recipe.evaluation.labels)
+    """Guided minus each other variant, paired by seed and test image, in points of accuracy."""
+    test = open_test(load_recipe(arguments.recipe))
+    assert test is not None
     _, labels = test.read(range(len(test)))
     table = []
     for budget in BUDGETS:
@@ -240,7 +260,7 @@ def paired(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[di
                 for variant in ("guided", other)
             }
             differences = 100 * (correct["guided"] - correct[other])
-            low, high = t_interval(differences.mean(axis=1)) if len(seeds) > 1 else (float("nan"), float("nan"))
+            low, high = t_interval(differences.mean(axis=1))
             boot_low, boot_high = bootstrap_interval(differences)
             values = {
                 "points": differences.mean(),
@@ -257,10 +277,12 @@ def paired(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[di
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text.getvalue().encode())
 
 
 def main() -> None:
@@ -273,20 +295,24 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--override", nargs="*", default=[], help="key=value for every run")
     arguments = parser.parse_args()
-    rows = []
-    # The larger budget first: the smaller one takes its shards.
-    for seed in arguments.seeds:
-        for variant in arguments.variants:
-            for budget in ("default", "small"):
-                rows.append(one(variant, budget, seed, arguments))
-                print(rows[-1], flush=True)
+    try:
+        rows = []
+        # The larger budget first: the smaller one takes its shards.
+        for seed in arguments.seeds:
+            for variant in arguments.variants:
+                for budget in ("default", "small"):
+                    rows.append(one(variant, budget, seed, arguments))
+                    print(rows[-1], flush=True)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    if set(arguments.variants) != set(VARIANTS):
+        return  # the tables are written when all variants are asked for; what is made is not made again
     rows.sort(key=lambda row: (list(BUDGETS).index(row["budget"]), VARIANTS.index(row["variant"]), row["seed"]))
     write_csv(arguments.results / "controls-fashion.csv", rows)
-    if set(arguments.variants) == set(VARIANTS):
-        table = paired(rows, arguments)
-        write_csv(arguments.results / "controls-fashion-paired.csv", table)
-        for row in table:
-            print(row)
+    table = paired(rows, arguments)
+    write_csv(arguments.results / "controls-fashion-paired.csv", table)
+    for row in table:
+        print(row)
 
 
 if __name__ == "__main__":
