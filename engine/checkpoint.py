@@ -56,7 +56,7 @@ class State(BaseModel):
         return f"step-{self.step:08d}-{kin.hexdigest()[:12]}"
 
 
-def weights_digest(state: Mapping[str, Tensor]) -> str:
+def state_digest(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes of a state dict, wherever it lies."""
     digest = hashlib.sha256()
     for name in sorted(state):

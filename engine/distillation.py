@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from diffdfkd.engine.augmentation import augment
 from diffdfkd.engine.batches import Batches, derive_seed
-from diffdfkd.engine.checkpoint import State, continuation, published, weights_digest
+from diffdfkd.engine.checkpoint import State, continuation, published, state_digest
 from diffdfkd.engine.classifier import Classifier
 from diffdfkd.engine.deepspeed_engine import (
     Place,
@@ -97,7 +97,7 @@ def distill(
             found,
             recipe=digest,
             data=data_digest,
-            student=weights_digest(student.state_dict()),
+            student=state_digest(student.state_dict()),
             until_step=until,
             processes=place.processes,
             folder=folder,
@@ -150,7 +150,7 @@ def recipe_digest(recipe: DistillationRecipe, student: Classifier, teacher: Clas
         "recipe": recipe.model_dump(mode="json", exclude={"checkpoint_every"}),
         "student": [[name, str(value.dtype), list(value.shape)] for name, value in student.state_dict().items()],
         "preprocessing": repr(student.preprocessing),
-        "teacher": weights_digest(teacher.state_dict()),
+        "teacher": state_digest(teacher.state_dict()),
         "seed": seed,
     }
     return hashlib.sha256(canonical_json(content)).hexdigest()
@@ -212,7 +212,7 @@ def _train(
                 bar.set_postfix(loss=f"{state.loss:.4f}", refresh=False)
             if save_now:
                 average_buffers(engine.module, place)
-                weights = weights_digest(gathered_weights(engine)) if done == until else None
+                weights = state_digest(gathered_weights(engine)) if done == until else None
                 state = state.model_copy(update={"step": done, "weights": weights})
                 save(engine, folder, state, place)
             bar.update(recipe.batch_size)
