@@ -134,6 +134,8 @@ class Painter:
     def _finish(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, c, h, w] to uint8 images [B, C, H, W] of the saved size, and which of them were finite."""
         teacher, size = self.recipe.teacher, saved_size(self.recipe)
+        # Resized as the teacher would resize, so that it sees in the file what it saw during guidance.
+        mode = teacher.interpolation if size == teacher.size else "bilinear"
         finished, whole = [], []
         for part in latents.split(max(1, LATENT_PIXELS_AT_ONCE // latents[0, 0].numel())):
             images = self.decode(part)
@@ -141,7 +143,7 @@ class Painter:
             if teacher.channels == 1:
                 images = convert_channels(images, 1)
             if images.shape[-2:] != (size, size):
-                images = functional.interpolate(images, (size, size), mode="bilinear", antialias=True)
+                images = functional.interpolate(images, (size, size), mode=mode, antialias=mode != "nearest")
             finished.append((images.nan_to_num(0) * 255).round().clamp(0, 255).to(torch.uint8).cpu())
         return torch.cat(finished), torch.cat(whole).cpu()
 

@@ -11,7 +11,7 @@ from diffdfkd.engine import painter, plan, shards
 from diffdfkd.engine.classifier import Classifier, Preprocessing
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.journal import Journal, read_journal
-from diffdfkd.engine.painter import Models
+from diffdfkd.engine.painter import Models, Painter
 from diffdfkd.engine.preview import preview_pairs
 from diffdfkd.engine.prior import load_prior
 from diffdfkd.engine.recipe import load_recipe
@@ -90,6 +90,16 @@ def read(output, round=0):
 
 def pixels(output):
     return torch.stack([torch.tensor(list(image.getdata())) for _, image in read(output)])
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+def test_images_are_saved_as_the_teacher_sees_them(make, models, interpolation):
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with Painter(make(f"teacher.interpolation={interpolation}"), models, 0) as painter:
+        images, _ = painter._finish(latents)
+        with torch.no_grad():
+            seen = Preprocessing(1, 12, (0.5,), (0.5,), interpolation).fit(painter.decode(latents))
+    assert torch.equal(images, (seen * 255).round().clamp(0, 255).to(torch.uint8))
 
 
 def test_two_runs_give_the_same_bytes(make, models, tmp_path):
