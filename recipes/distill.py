@@ -91,7 +91,10 @@ def own_shards(folder: RunFolder) -> tuple["Images", str]:
 
 
 def foreign_images(recipe: Recipe, path: Path) -> tuple["Images", str]:
-    """Images of any folder or tar, resized to the teacher's input, and a digest of the files' names and sizes."""
+    """Images of any folder or tar, resized to the teacher's input, and a digest of the files.
+
+    Of their names, sizes and times of change: to read the content of a large set would take as long as an epoch.
+    """
     from diffdfkd.engine.images import open_images
 
     if not path.exists():
@@ -99,5 +102,8 @@ def foreign_images(recipe: Recipe, path: Path) -> tuple["Images", str]:
     teacher = recipe.teacher
     images = open_images(path, channels=teacher.channels, size=teacher.size, interpolation=teacher.interpolation)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    names = "".join(f"{file.relative_to(path.parent).as_posix()} {file.stat().st_size}\n" for file in files)
-    return images, hashlib.sha256(names.encode()).hexdigest()
+    sha256 = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        sha256.update(f"{file.relative_to(path.parent).as_posix()} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return images, sha256.hexdigest()

@@ -20,7 +20,7 @@ from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.journal import read_journal
 from diffdfkd.engine.recipe import load_recipe
 from diffdfkd.engine.report import write_report
-from diffdfkd.recipes.distill import distill
+from diffdfkd.recipes.distill import distill, foreign_images
 from diffdfkd.recipes.evaluate import evaluate
 from diffdfkd.recipes.run import run
 from diffdfkd.recipes.run_folder import claim
@@ -343,6 +343,18 @@ def test_distill_on_a_folder_of_images(tiny_recipe: Path, finished_run: Finished
     assert (tmp_path / "run" / "student" / "student.safetensors").read_bytes() == student
     with pytest.raises(UserError, match=r"holds a student of .*images"):
         distill(load_recipe(tiny_recipe, overrides), finished_run[0] / "synthetic", progress=False)
+
+
+def test_other_pixels_of_equal_size_are_other_images(tiny_recipe: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny_recipe)
+    file = tmp_path / "images" / "a.bmp"
+    file.parent.mkdir()
+    digests = []
+    for tone in (10, 20):
+        Image.new("L", (28, 28), tone).save(file)
+        digests += [foreign_images(recipe, file.parent)[1] for _ in range(2)]
+        assert file.stat().st_size == 1862
+    assert digests[0] == digests[1] != digests[2] == digests[3]
 
 
 def test_evaluate_on_idx_and_folder_agrees_with_the_run(
