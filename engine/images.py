@@ -44,7 +44,7 @@ def open_images(
     classes: Sequence[str] | None = None,
     size: int | None = None,
     interpolation: str = "bilinear",
-) -> Images:
+) -> "IdxImages | FolderImages | TarImages":
     """Images of an IDX file, a folder with one sub-folder a class, a flat folder, a tar, or a folder of tars.
 
     `channels` converts (grey is replicated, colour becomes luma); without it the first image decides. `classes`
@@ -60,6 +60,8 @@ def open_images(
         return FolderImages(path, channels=channels, classes=classes, size=size, interpolation=interpolation)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
+    if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz|zip)$", path.name.lower()):
+        raise UserError(f"{path}: a packed archive, in which no image can be read alone; unpack it first")
     if path.suffix == ".tar":
         return TarImages([path], channels=channels, classes=classes, size=size, interpolation=interpolation)
     return IdxImages(path, labels, channels=channels, classes=classes, size=size, interpolation=interpolation)
@@ -95,6 +97,10 @@ class IdxImages:
 
     def __len__(self) -> int:
         return len(self._pixels)
+
+    def first_unlabelled(self) -> int | None:
+        """Index of the first image without a label: there is none."""
+        return None
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         chosen = np.asarray(indices, dtype=np.int64)
@@ -147,6 +153,10 @@ class FolderImages:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def first_unlabelled(self) -> int | None:
+        """Index of the first image without a label; None where all have one."""
+        return 0 if self._labels[0] == UNLABELLED else None  # a folder is flat or it is not
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         files = [self._files[index] for index in indices]
@@ -217,6 +227,11 @@ class TarImages:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def first_unlabelled(self) -> int | None:
+        """Index of the first image without a label; None where all have one. All labels are read and checked."""
+        indices = range(len(self))
+        return next((index for index in indices if self._label(index, self._name(index)) == UNLABELLED), None)
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         names = [self._name(index) for index in indices]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.recipes.figures import finish, finished, stage
-from diffdfkd.recipes.run_folder import RunFolder, claim, versions, world_size
+from diffdfkd.recipes.run_folder import RunFolder, claim, refuse_launch, versions
 
 if TYPE_CHECKING:
     from diffdfkd.engine.classifier import Classifier
@@ -29,8 +29,7 @@ def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     Continues what the recipe's output folder already holds, and does nothing where that is finished. Raises UserError
     for what the user can mend.
     """
-    if world_size() > 1:
-        raise UserError("run: synthesis is one process; launch `diffdfkd distill` with torchrun, and run alone")
+    refuse_launch("run")
     started = time.perf_counter()
     with claim(recipe) as folder:
         recipe = folder.recipe
@@ -77,13 +76,13 @@ def load_classifiers(recipe: Recipe) -> tuple["Classifier", "Classifier", "Image
 
 
 def open_test(recipe: Recipe) -> "Images | None":
-    """The recipe's real test images, or None."""
+    """The recipe's real test images, or None; raises UserError unless all have a label."""
     from diffdfkd.engine.images import open_images
 
     if recipe.evaluation.images is None:
         return None
     teacher = recipe.teacher
-    return open_images(
+    images = open_images(
         recipe.evaluation.images,
         recipe.evaluation.labels,
         channels=teacher.channels,
@@ -91,6 +90,13 @@ def open_test(recipe: Recipe) -> "Images | None":
         size=teacher.size,
         interpolation=teacher.interpolation,
     )
+    # Said now rather than by the evaluation, hours later.
+    if (index := images.first_unlabelled()) is not None:
+        raise UserError(
+            f"evaluation.images: {recipe.evaluation.images}: image {index} has no label; give a folder with one "
+            "sub-folder a class, an IDX file, or evaluation.images=null"
+        )
+    return images
 
 
 def student_of(folder: RunFolder, round: int) -> "Classifier":

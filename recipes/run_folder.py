@@ -115,8 +115,12 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def refuse_launch(command: str) -> None:
+    """UserError where several processes were launched, of which each would make all images."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"{command}: synthesis is one process; launch `diffdfkd distill` alone with torchrun, not {command}"
+        )
 
 
 def versions() -> dict[str, str | None]:

@@ -8,7 +8,7 @@ import time
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.recipes.figures import stage
 from diffdfkd.recipes.run import session, use_device
-from diffdfkd.recipes.run_folder import claim
+from diffdfkd.recipes.run_folder import claim, refuse_launch
 
 
 def synthesize(recipe: Recipe, *, progress: bool = True) -> str:
@@ -16,6 +16,7 @@ def synthesize(recipe: Recipe, *, progress: bool = True) -> str:
 
     With more rounds the later ones need a student, which ``run`` makes between them. Raises UserError as ``run`` does.
     """
+    refuse_launch("synthesize")
     started = time.perf_counter()
     from diffdfkd.engine.classifier import build_classifier
     from diffdfkd.engine.preview import preview_pairs

@@ -194,6 +194,30 @@ def test_tar_labels_of_strangers(tmp_path: Path) -> None:
         open_images(path).read([0])
 
 
+def test_first_image_without_a_label(tmp_path: Path) -> None:
+    image = png(PIXELS[0])
+    members = {"a.png": image, "a.cls": b"1", "b.png": image, "b.json": b'{"class": 0}', "c.png": image}
+    tar = write_tar(tmp_path / "set.tar", members)
+    assert open_images(tar).first_unlabelled() == 2
+    write_tar(tar, {**members, "b.json": b"{}"})
+    assert open_images(tar).first_unlabelled() == 1
+    write_tar(tar, {**members, "c.cls": b"0"})
+    assert open_images(tar).first_unlabelled() is None
+    folder = tmp_path / "folder"
+    (folder / "0").mkdir(parents=True)
+    (folder / "0" / "a.png").write_bytes(image)
+    assert open_images(folder).first_unlabelled() is None
+    assert open_images(folder / "0").first_unlabelled() == 0
+    assert open_images(write_idx(tmp_path)).first_unlabelled() is None
+
+
+@pytest.mark.parametrize("name", ["set.tar.gz", "set.tgz", "set.TAR.xz", "set.tar.zst", "set.zip"])
+def test_packed_archives_are_to_be_unpacked(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{name}: a packed archive, .*; unpack it first"):
+        open_images(tmp_path / name)
+
+
 def test_damaged_tars_are_refused(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "set.tar", {"a.png": png(PIXELS[0]), "a.cls": b"0", "b.png": png(PIXELS[1])})
     whole = path.read_bytes()

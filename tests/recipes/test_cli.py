@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from diffdfkd.recipes import cli, run_folder
 
@@ -125,6 +126,27 @@ def test_mistake_about_files(call: Call, tiny_recipe: Path, tmp_path: Path, over
     output = tmp_path / "run"
     refused(call("run", tiny_recipe, f"output={output}", override), *words)
     assert not (output / "recipe.yaml").exists()
+
+
+def test_test_images_without_labels_are_refused_at_once(
+    call: Call, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flat").mkdir()
+    Image.new("L", (28, 28)).save(tmp_path / "flat" / "a.png")
+    monkeypatch.setattr("diffdfkd.engine.prior.load_prior", lambda *_: pytest.fail("the prior was loaded before"))
+    outcome = call("run", tiny_recipe, f"output={tmp_path / 'run'}", f"evaluation.images={tmp_path / 'flat'}")
+    refused(outcome, "evaluation.images: ", "flat: image 0 has no label", "one sub-folder a class")
+
+
+@pytest.mark.parametrize("command", ["run", "synthesize"])
+def test_synthesis_of_several_processes_is_refused(
+    call: Call, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(
+        call(command, tiny_recipe, f"output={tmp_path / 'run'}"), f"{command}: synthesis is one process", "torchrun"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_gpu_that_is_not_there(call: Call, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
