@@ -11,6 +11,7 @@ import typer
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import load_recipe
+from diffdfkd.recipes.command import complain
 
 HELP = """Distil a classifier into a smaller student without a single real image.
 
@@ -192,21 +193,16 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         if debug:
             raise
-        code = _complain(str(error))
+        code = complain(str(error))
     except typer.TyperException as error:
         if debug or not hasattr(error, "format_message"):
             raise
-        code = _complain(f"{error.format_message()} (diffdfkd --help explains)")
+        code = complain(f"{error.format_message()} (diffdfkd --help explains)")
     except KeyboardInterrupt:
         code = 130
     if code == 130:
         print("interrupted; the same command resumes", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _complain(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
 
 
 def _hush() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.recipes.captioned_folder import CaptionedImages, read_captioned_folder
+from diffdfkd.recipes.command import run_command
 from diffdfkd.recipes.pretrain_vae import LATENT_CHANNELS, autocast, encode, make_vae, train_vae
 from diffdfkd.recipes.pretraining import Outcome, Plan, pretrain
 from diffdfkd.recipes.prior_folder import make_scheduler, make_text_encoder, make_unet, write_pipeline
@@ -277,14 +278,10 @@ def main(
         licence=licence,
         command=["python -m diffdfkd.recipes.pretrain_prior", *map(shlex.quote, sys.argv[1:])],
     )
-    try:
-        folder = pretrain_prior(training)
-    except UserError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
+    folder = pretrain_prior(training)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     typer.echo(f"{folder}: {size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

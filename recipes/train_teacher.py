@@ -27,6 +27,7 @@ from diffdfkd.engine.classifier import Classifier, Preprocessing, digest, save_c
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.idx import read_bytes, read_idx
 from diffdfkd.engine.shards import write_atomic
+from diffdfkd.recipes.command import run_command
 
 CLASSES = (
     "T-shirt/top",
@@ -192,26 +193,22 @@ def main(
     """Train the demo's teacher on Fashion-MNIST's 55,000 training images; report its accuracy on the 5,000 others."""
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
-        if precision not in ("bfloat16", "float32"):
-            raise UserError(f"--precision: got {precision}; bfloat16 or float32")
-        record = train_teacher(
-            training_files(data, download),
-            output,
-            seed=seed,
-            settings={
-                "width": width,
-                "epochs": epochs,
-                "batch_size": batch_size,
-                "learning_rate": learning_rate,
-                "weight_decay": weight_decay,
-                "autocast": precision == "bfloat16",
-            },
-            command=shlex.join(["python", "-m", "diffdfkd.recipes.train_teacher", *sys.argv[1:]]),
-        )
-    except UserError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
+    if precision not in ("bfloat16", "float32"):
+        raise UserError(f"--precision: got {precision}; bfloat16 or float32")
+    record = train_teacher(
+        training_files(data, download),
+        output,
+        seed=seed,
+        settings={
+            "width": width,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "autocast": precision == "bfloat16",
+        },
+        command=shlex.join(["python", "-m", "diffdfkd.recipes.train_teacher", *sys.argv[1:]]),
+    )
     typer.echo(f"{output}: validation accuracy {record['validation_accuracy']:.4f}, {record['seconds']:.0f} s")
 
 
@@ -266,4 +263,4 @@ def train_teacher(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

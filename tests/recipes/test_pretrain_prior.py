@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.recipes import pretraining
@@ -163,19 +162,6 @@ def test_a_bad_folder_is_refused_by_the_name_of_the_file(tmp_path: Path, damage)
     message = damage(folder)
     with pytest.raises(UserError, match=message):
         read_captioned_folder(folder)
-
-
-def test_the_command_exits_with_2_and_one_line(tmp_path: Path) -> None:
-    import typer
-
-    from diffdfkd.recipes.pretrain_prior import main
-
-    app = typer.Typer()
-    app.command()(main)
-    result = CliRunner().invoke(app, ["--images", str(tmp_path / "none"), "--output", str(tmp_path / "prior")])
-    assert result.exit_code == 2
-    assert "metadata.jsonl: not found" in result.output
-    assert "Traceback" not in result.output
 
 
 def test_the_tokenizer_knows_words_and_spells_the_rest(tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""The modules of recipes that are commands of their own: a mistake is one line and exit code 2."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "problem"),
+    [
+        ("pretrain_prior", ["--images", "{none}", "--output", "{none}/prior"], "metadata.jsonl: not found"),
+        ("render_icons", ["glyphs", "--iconify", "{none}"], "--iconify: "),
+        ("train_teacher", ["--data", "{none}", "--output", "{none}/teacher.safetensors"], "no such file"),
+        ("train_teacher", ["--precision", "float8", "--output", "{none}/t.safetensors"], "--precision: got float8"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
+def test_mistake_is_one_line_and_exit_code_2(
+    module: str,
+    arguments: list[str],
+    problem: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    name = f"diffdfkd.recipes.{module}"
+    given = [argument.format(none=tmp_path / "none") for argument in arguments]
+    monkeypatch.setattr(sys, "argv", [name, *given])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_module(name, run_name="__main__")
+    assert leaving.value.code == 2
+    last = capfd.readouterr().err.splitlines()[-1]  # a progress bar may come first
+    assert last.startswith("error: ") and problem in last
