@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffdfkd.engine.errors import UserError
+from diffdfkd.recipes.command import run_command
 from diffdfkd.recipes.icon_augmentation import GLYPH, augment
 
 ASSETS = Path(__file__).parent / "assets" / "fashion"
@@ -237,6 +238,14 @@ def attribution(
         "| set | icons | authors | licence |",
         "|---|---|---|---|",
     ]
+    sets = sorted({entry["set"] for entry in entries if entry["licence"] == "ISC"})
+    if sets:
+        count = sum(entry["licence"] == "ISC" for entry in entries)
+        named = " and ".join(f"`{name}`" for name in sets)
+        sentence = (
+            f"{count} of the icons, those of {named}, are under ISC, whose terms are those of MIT in fewer words."
+        )
+        lines[-3:-3] = [sentence, ""]
     for name, count in sorted(Counter(entry["set"] for entry in entries).items()):
         info = collections[name]["info"]
         author, licence = info["author"], info["license"]
@@ -294,4 +303,4 @@ def images_command(
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

@@ -1,6 +1,7 @@
 """Icon list, glyph asset, augmentation and the captioned image folder."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def test_every_set_is_attributed() -> None:
     text = (ASSETS / "ICONS.md").read_text(encoding="utf-8")
     for name, count in Counter(icon["set"] for icon in read_list()).items():
         assert f"(`{name}`) | {count} |" in text
+
+
+def test_icons_under_isc_are_said_openly() -> None:
+    icons = [icon["set"] for icon in read_list() if icon["licence"] == "ISC"]
+    (sentence,) = [line for line in (ASSETS / "ICONS.md").read_text().splitlines() if "under ISC" in line]
+    assert sentence.startswith(f"{len(icons)} of the icons, ")
+    assert set(re.findall("`(.+?)`", sentence)) == set(icons)
 
 
 def test_glyphs_follow_the_list(glyphs: Glyphs) -> None:
