@@ -242,10 +242,8 @@ def attribution(
     if sets:
         count = sum(entry["licence"] == "ISC" for entry in entries)
         named = " and ".join(f"`{name}`" for name in sets)
-        sentence = (
-            f"{count} of the icons, those of {named}, are under ISC, whose terms are those of MIT in fewer words."
-        )
-        lines[-3:-3] = [sentence, ""]
+        terms = "under ISC, whose terms are those of MIT in fewer words"
+        lines[-2:-2] = [f"{count} of the icons, those of {named}, are {terms}.", ""]
     for name, count in sorted(Counter(entry["set"] for entry in entries).items()):
         info = collections[name]["info"]
         author, licence = info["author"], info["license"]
