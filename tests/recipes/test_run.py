@@ -47,6 +47,17 @@ main(sys.argv[1:])
 """
 
 
+PEAK_MEMORY = """
+import sys
+from diffdfkd.recipes.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as leaving:
+    assert not leaving.code
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")][0])
+"""
+
+
 @pytest.fixture
 def copy(finished_run: Finished, tmp_path: Path) -> Path:
     """A copy of the finished run, to be disturbed."""
@@ -170,6 +181,27 @@ def test_killed_at_ten_random_moments(tmp_path: Path, tiny_recipe: Path, finishe
         again(tiny_recipe, folder)
         assert made(folder) == made(finished_run[0])
         kills += 1
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Twenty times the images: one copy of the larger set's pixels, in bytes, would be 62 MiB."""
+    settings = ["rounds=1", "guidance.adversarial_weight=0", "synthesis.batch_size=40", "synthesis.steps=1"]
+    settings += ["synthesis.size=128", "cutmix.every=0", "distillation.steps=20", "distillation.holdout=40"]
+    peaks = {}
+    for per_class in (50, 1000):
+        folder = tmp_path / str(per_class)
+        arguments = ["run", str(tiny_recipe), f"output={folder}", f"synthesis.images_per_class={per_class}", *settings]
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK_MEMORY, *arguments], check=True, capture_output=True, text=True
+        )
+        stages = [row for row in read_journal(folder / "metrics.jsonl") if row["event"] == "stage"]
+        # Of the synthesis by itself, too: importing DeepSpeed later would hide what it needs.
+        peaks[per_class] = (stages[0]["peak_memory_mib"], int(done.stdout.split()[-1]) / 1024)
+        assert stages[0]["stage"] == "synthesis"
+        assert json.loads((folder / "result.json").read_text())["images"] == 4 * per_class
+    for few, many in zip(peaks[50], peaks[1000], strict=True):
+        assert many < few + 30, peaks
 
 
 @pytest.mark.parametrize(
