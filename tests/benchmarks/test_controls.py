@@ -1,0 +1,63 @@
+"""The controls' own image sources and intervals."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffdfkd.benchmarks.controls import FreshIcons, Subset, bootstrap_interval, t_interval, write_csv
+from diffdfkd.benchmarks.validation_split import idx_bytes
+from diffdfkd.engine.classifier import Preprocessing
+from diffdfkd.engine.idx import read_idx
+from diffdfkd.recipes.render_icons import load_glyphs
+
+
+def icons(seed: int) -> FreshIcons:
+    return FreshIcons(load_glyphs(), 1000, seed, Preprocessing(1, 28, (0.5,), (0.5,), "bilinear"))
+
+
+def test_fresh_icons_are_a_function_of_seed_and_indices() -> None:
+    images, labels = icons(0).read([3, 14, 27])
+    again, _ = icons(0).read([3, 14, 27])
+    other, _ = icons(1).read([3, 14, 27])
+    assert images.shape == (3, 1, 28, 28) and images.dtype == torch.uint8
+    assert torch.equal(images, again) and not torch.equal(images, other)
+    assert labels.tolist() == [3, 4, 7]
+
+
+def test_fresh_icons_are_drawn_anew_at_every_index_and_balanced() -> None:
+    images, labels = icons(0).read(range(100))
+    assert labels.bincount().tolist() == [10] * 10
+    assert len(images.flatten(1).unique(dim=0)) == 100
+
+
+def test_subset_reads_its_own_indices() -> None:
+    chosen = Subset(icons(0), [40, 41, 42])
+    assert len(chosen) == 3
+    assert chosen.read([2, 0])[1].tolist() == [2, 0]
+
+
+def test_t_interval_by_hand() -> None:
+    # mean 3, sample deviation 1, three seeds: 3 -+ 4.303 / sqrt(3)
+    low, high = t_interval(np.array([2.0, 3.0, 4.0]))
+    assert (low, high) == pytest.approx((3 - 2.4843, 3 + 2.4843), abs=1e-3)
+    assert np.isnan(t_interval(np.array([2.0]))[0])
+
+
+def test_bootstrap_interval_holds_the_mean_and_shrinks_with_images() -> None:
+    generator = np.random.default_rng(0)
+    few, many = (generator.normal(3, 10, (3, images)) for images in (50, 5000))
+    (low, high), (low_many, high_many) = bootstrap_interval(few, 500), bootstrap_interval(many, 500)
+    assert low < few.mean() < high and low_many < many.mean() < high_many
+    assert high_many - low_many < (high - low) / 3
+
+
+def test_tables_and_idx_files_are_read_back(tmp_path: Path) -> None:
+    write_csv(tmp_path / "new" / "table.csv", [{"variant": "guided", "seed": 0}, {"variant": "oracle", "seed": 1}])
+    with (tmp_path / "new" / "table.csv").open() as file:
+        assert [row["variant"] for row in csv.DictReader(file)] == ["guided", "oracle"]
+    images = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    (tmp_path / "images-idx3-ubyte").write_bytes(idx_bytes(images))
+    assert np.array_equal(read_idx(tmp_path / "images-idx3-ubyte", 3), images)
