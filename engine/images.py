@@ -54,7 +54,7 @@ def open_images(
     path = Path(path)
     if path.is_dir():
         if labels is not None:
-            raise UserError(f"{labels}: a labels file belongs to an IDX file, but {path} is a folder")
+            raise UserError(f"{labels}: a labels file belongs to an IDX file, but {path} is a folder; set it to null")
         if tars := sorted(path.rglob("*.tar")):
             return TarImages(tars, channels=channels, classes=classes, size=size, interpolation=interpolation)
         return FolderImages(path, channels=channels, classes=classes, size=size, interpolation=interpolation)
@@ -186,6 +186,8 @@ def _class_order(folders: list[str], classes: list[str] | None, path: Path) -> t
             return [known[name] for name in found], classes
     if numbered and len(folders) == len(classes):
         return numbers, classes
+    if 2 * sum(number >= 0 for number in numbers) > len(folders) and not any(name.isdigit() for name in classes):
+        raise _misnumbered(folders, numbers, len(classes), path)
     plain = {_plain(name) for name in classes}
     strangers = [name for name in folders if _plain(name) not in plain]
     absent = [name for name in classes if _plain(name) not in {_plain(folder) for folder in folders}]
@@ -194,6 +196,21 @@ def _class_order(folders: list[str], classes: list[str] | None, path: Path) -> t
         + (f"no class is named {', '.join(strangers[:3])}; " if strangers else "")
         + (f"no folder for {', '.join(absent[:3])}; " if absent else "")
         + f"name them like teacher.classes, or 0 to {len(classes) - 1}"
+    )
+
+
+def _misnumbered(folders: list[str], numbers: list[int], count: int, path: Path) -> UserError:
+    """What keeps folders that are numbered, most of them, from being 0 to ``count`` - 1."""
+    absent = [str(number) for number in range(count) if number not in numbers]
+    odd = [
+        name
+        for place, (name, number) in enumerate(zip(folders, numbers, strict=True))
+        if not 0 <= number < count or number in numbers[:place]
+    ]
+    problems = [f"no folder {', '.join(absent[:3])}"] if absent else []
+    problems += [f"{name} is not one of 0..{count - 1}" for name in odd[:3]]
+    return UserError(
+        f"{path}: {'; '.join(problems)}; number the {count} folders from 0, or name them like teacher.classes"
     )
 
 

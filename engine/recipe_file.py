@@ -32,6 +32,10 @@ def read_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         _resolve_paths(content, path.parent)
     for override in overrides:
         _override(content, override)
+    named = {override.partition("=")[0] for override in overrides}
+    if "evaluation.images" in named and "evaluation.labels" not in named:
+        # The recipe's labels belong to the recipe's images; an IDX file finds those beside it by itself.
+        content["evaluation"].pop("labels", None)
     return content
 
 

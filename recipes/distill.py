@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.errors import UserError, naming
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.recipes.figures import finish, finished, stage
 from diffdfkd.recipes.run import load_classifiers, save_student, session, shard_images, use_device
@@ -97,10 +97,9 @@ def foreign_images(recipe: Recipe, path: Path) -> tuple["Images", str]:
     """
     from diffdfkd.engine.images import open_images
 
-    if not path.exists():
-        raise UserError(f"--images: {path}: no such file or folder")
     teacher = recipe.teacher
-    images = open_images(path, channels=teacher.channels, size=teacher.size, interpolation=teacher.interpolation)
+    with naming("--images"):
+        images = open_images(path, channels=teacher.channels, size=teacher.size, interpolation=teacher.interpolation)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     sha256 = hashlib.sha256()
     for file in files:

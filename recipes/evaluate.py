@@ -41,7 +41,11 @@ def evaluate(
         recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=given)})
     recipe = settle_machine(recipe)
     use_device(recipe)
-    test = open_test(recipe)
+    test = open_test(
+        recipe,
+        "--images" if images else "evaluation.images",
+        "--labels" if labels else "evaluation.labels",
+    )
     if test is None:
         raise UserError("evaluation.images: the recipe names no test images; give --images FOLDER_OR_IDX")
     weights = recipe.student.model_copy(update={"weights": str(student)})

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.errors import UserError, naming
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.recipes.figures import finish, finished, stage
 from diffdfkd.recipes.run_folder import RunFolder, claim, refuse_launch, versions
@@ -75,27 +75,33 @@ def load_classifiers(recipe: Recipe) -> tuple["Classifier", "Classifier", "Image
     return teacher, student, open_test(recipe)
 
 
-def open_test(recipe: Recipe) -> "Images | None":
-    """The recipe's real test images, or None; raises UserError unless all have a label."""
+def open_test(
+    recipe: Recipe, images_from: str = "evaluation.images", labels_from: str = "evaluation.labels"
+) -> "Images | None":
+    """The recipe's real test images, or None; raises UserError unless all have a label.
+
+    ``images_from`` and ``labels_from`` are where the two were given, for the errors.
+    """
     from diffdfkd.engine.images import open_images
 
     if recipe.evaluation.images is None:
         return None
     teacher = recipe.teacher
-    images = open_images(
-        recipe.evaluation.images,
-        recipe.evaluation.labels,
-        channels=teacher.channels,
-        classes=teacher.classes,
-        size=teacher.size,
-        interpolation=teacher.interpolation,
-    )
-    # Said now rather than by the evaluation, hours later.
-    if (index := images.first_unlabelled()) is not None:
-        raise UserError(
-            f"evaluation.images: {recipe.evaluation.images}: image {index} has no label; give a folder with one "
-            "sub-folder a class, an IDX file, or evaluation.images=null"
+    with naming(images_from, {labels_from: recipe.evaluation.labels}):
+        images = open_images(
+            recipe.evaluation.images,
+            recipe.evaluation.labels,
+            channels=teacher.channels,
+            classes=teacher.classes,
+            size=teacher.size,
+            interpolation=teacher.interpolation,
         )
+        # Said now rather than by the evaluation, hours later.
+        if (index := images.first_unlabelled()) is not None:
+            raise UserError(
+                f"{recipe.evaluation.images}: image {index} has no label; give a folder with one sub-folder a class, "
+                "an IDX file, or evaluation.images=null"
+            )
     return images
 
 

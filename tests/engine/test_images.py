@@ -138,6 +138,17 @@ def test_class_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         open_images(tmp_path / "empty")
 
 
+def test_numbered_folders_that_do_not_fit_name_the_offenders(tmp_path: Path) -> None:
+    classes = ["cat", "dog", "emu", "fox"]
+    root = make_folders(tmp_path / "odd", ["0", "1", "2", "hats"])
+    with pytest.raises(UserError, match=r"odd: no folder 3; hats is not one of 0\.\.3; number the 4 folders from 0"):
+        open_images(root, classes=classes)
+    with pytest.raises(UserError, match=r"short: no folder 1; number"):
+        open_images(make_folders(tmp_path / "short", ["0", "2", "3"]), classes=classes)
+    with pytest.raises(UserError, match=r"long: 4 is not one of 0\.\.3; number"):
+        open_images(make_folders(tmp_path / "long", ["0", "1", "2", "3", "4"]), classes=classes)
+
+
 def test_image_sizes_must_agree_unless_one_is_asked_for(tmp_path: Path) -> None:
     root = make_folders(tmp_path / "set", ["0", "1"])
     (root / "1" / "b.png").write_bytes(png(np.zeros((4, 6), np.uint8)))

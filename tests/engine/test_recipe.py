@@ -163,6 +163,15 @@ def test_override_values() -> None:
     assert recipe.distillation.deepspeed == {"gradient_clipping": True}
 
 
+def test_other_test_images_leave_the_labels_of_the_recipe_behind() -> None:
+    given = {**MINIMAL, "evaluation": {"images": "i.gz", "labels": "l.gz"}}
+    for text, images in (("real", "real"), ("null", None)):
+        evaluation = load_recipe(given, [f"evaluation.images={text}"]).evaluation
+        assert (evaluation.images, evaluation.labels) == (images, None)
+    assert load_recipe(given, ["evaluation.images=j.gz", "evaluation.labels=m.gz"]).evaluation.labels == "m.gz"
+    assert load_recipe(given, ["evaluation.batch_size=7"]).evaluation.labels == "l.gz"
+
+
 def test_home_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     recipe = load_recipe({**MINIMAL, "prior": "~/prior"}, ["output=~/runs/a"])

@@ -117,8 +117,8 @@ def test_mistake_before_anything_is_loaded(call: Call, arguments: list[str], wor
         ("student.architecture=nowhere.at_all:make", ["student.architecture: cannot import nowhere.at_all"]),
         ("student.options.depth=3", ["student.options.depth: unknown option", "width"]),
         ("student.weights=/nowhere", ["student.weights: /nowhere: no such file"]),
-        ("evaluation.images=/nowhere", ["/nowhere: no such file or folder"]),
-        ("evaluation.labels=/nowhere", ["/nowhere"]),
+        ("evaluation.images=/nowhere", ["evaluation.images: /nowhere: no such file or folder"]),
+        ("evaluation.labels=/nowhere", ["evaluation.labels: /nowhere"]),
         ("output=/dev/null/run", ["output: /dev/null/run cannot be written"]),
     ],
 )
@@ -136,6 +136,16 @@ def test_test_images_without_labels_are_refused_at_once(
     monkeypatch.setattr("diffdfkd.engine.prior.load_prior", lambda *_: pytest.fail("the prior was loaded before"))
     outcome = call("run", tiny_recipe, f"output={tmp_path / 'run'}", f"evaluation.images={tmp_path / 'flat'}")
     refused(outcome, "evaluation.images: ", "flat: image 0 has no label", "one sub-folder a class")
+
+
+def test_mistake_about_images_names_the_option(call: Call, tiny_recipe: Path, tmp_path: Path) -> None:
+    output = f"output={tmp_path / 'run'}"
+    refused(call("distill", tiny_recipe, output, "--images", "/nowhere"), "--images: /nowhere: no such file or folder")
+    student = ("evaluate", tiny_recipe, "--student", tmp_path)
+    refused(call(*student, "--images", "/nowhere"), "--images: /nowhere: no such file or folder")
+    (tmp_path / "real").mkdir()
+    outcome = call(*student, "--images", tmp_path / "real", "--labels", tmp_path / "labels")
+    refused(outcome, f"--labels: {tmp_path / 'labels'}: a labels file belongs to an IDX file", "null")
 
 
 @pytest.mark.parametrize("command", ["run", "synthesize"])
