@@ -262,9 +262,9 @@ def _read_state(path: Path, where: str) -> dict[str, Tensor]:
             raise UserError(f"{where}: {path} is not a safetensors file, or is truncated: {error}") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no pickle make the reader fail in any way
+    except Exception:  # bytes that are no pickle make the reader fail in any way
         raise UserError(
-            f"{where}: {path} is not a plain state dict, and is not executed: {_first_line(error)[:120]}; "
+            f"{where}: {path} is neither a safetensors nor a plain torch state dict, and is not executed; "
             "save it with safetensors, or torch.save(model.state_dict(), file)"
         ) from None
     if not isinstance(state, dict) or not all(
@@ -275,10 +275,6 @@ def _read_state(path: Path, where: str) -> dict[str, Tensor]:
         )
         raise UserError(f"{where}: {path} is not a plain state dict but {held}; save the state dict alone")
     return state
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def save_classifier(classifier: Classifier, path: str | Path, metadata: dict[str, str]) -> None:

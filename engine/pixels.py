@@ -50,7 +50,9 @@ class Decoder:
         try:
             image = Image.open(io.BytesIO(content), formats=FORMATS)
             image.load()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UnidentifiedImageError:
+            raise UserError(f"{name}: not a readable image; {', '.join(FORMATS)} are read") from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{name}: not a readable image: {error}") from None
         return image
 

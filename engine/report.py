@@ -166,12 +166,12 @@ def _cost(result: Content, account: Accounts) -> str:
         result.get("memory_kind", ""), "memory"
     )
     rows = [
-        ("Wall time", f"{_duration(account.wall_seconds)} in {account.sessions} session(s)"),
+        ("Wall time", f"{_duration(account.wall_seconds)} in {_counted(account.sessions, 'session')}"),
         ("Images per second", f"{_rate(account.images_per_second)}, synthesis alone"),
         ("Peak memory", f"{_memory(account.peak_memory_mib)} ({kind})"),
     ]
     if "device" in result:
-        rows.append(("Device", f"{result['device']}, {result.get('threads')} CPU threads"))
+        rows.append(("Device", f"{result['device']}, {_counted(result.get('threads'), 'CPU thread')}"))
     if "dropped" in result:
         rows.append(("Dropped samples", f"{result['dropped']} (not finite)"))
     return (
@@ -208,6 +208,10 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}: {item}" for key, item in value.items()) or "none"
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _counted(count: int | None, thing: str) -> str:
+    return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def _percent(value: float | None) -> str:

@@ -62,7 +62,7 @@ def options(
 
 @app.command()
 def run(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Everything: synthesis and distillation in rounds, evaluation, report.
+    """Everything, from images to report.
 
     \b
       diffdfkd run fashion output=runs/fashion seed=0
@@ -91,7 +91,7 @@ def run(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 @app.command()
 def synthesize(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Only the images: all missing shards of the first round.
+    """Only the images of the first round.
 
     \b
       diffdfkd synthesize fashion output=runs/images synthesis.images_per_class=50
@@ -115,14 +115,15 @@ def distill(
         typer.Option(help="Folder of images, with one sub-folder a class, or of WebDataset .tar shards, or one .tar."),
     ] = None,
 ) -> None:
-    """Only the student: learn from the teacher on images that exist already.
+    """Only the student, from images that exist.
 
     \b
       diffdfkd distill fashion output=runs/fashion
       diffdfkd distill fashion --images ~/my-images output=runs/mine distillation.steps=3000
       torchrun --nproc-per-node 2 -m diffdfkd.recipes.cli distill fashion output=runs/two
 
-    Without --images the shards in output/synthetic are taken. Labels are not used: the teacher's soft labels are.
+    Without --images the shards in output/synthetic are taken: give the same key=value as synthesize. Labels are
+    not used: the teacher's soft labels are.
     Writes output/student/student.safetensors, result.json and report.html; continues from its checkpoints.
     """
     resolved = load_recipe(recipe, overrides or ())

@@ -48,8 +48,18 @@ def evaluate(
     )
     if test is None:
         raise UserError("evaluation.images: the recipe names no test images; give --images FOLDER_OR_IDX")
+    if student.is_dir():
+        inside = student / "student" / "student.safetensors"
+        hint = f"its student is {inside}" if inside.is_file() else "give the file of the student's weights"
+        raise UserError(f"--student: {student} is a folder; {hint}")
     weights = recipe.student.model_copy(update={"weights": str(student)})
-    model = build_classifier(weights, recipe.teacher, field="student")
+    try:
+        model = build_classifier(weights, recipe.teacher, field="student")
+    except UserError as error:
+        message = str(error)
+        if message.startswith("student.weights: "):
+            message = "--student: " + message.removeprefix("student.weights: ")
+        raise UserError(message) from error
     teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher") if recipe.teacher.weights else None
     figures = asdict(
         judge(

@@ -203,7 +203,10 @@ def test_a_hostile_pickle_is_not_executed(tmp_path: Path, way: str) -> None:
         path.write_bytes(pickle.dumps(Hostile(marker)))
     else:
         torch.save({"weight": Hostile(marker)}, path)
-    with pytest.raises(UserError, match=rf"teacher.weights: {path} is not a plain state dict, and is not executed"):
+    with pytest.raises(
+        UserError,
+        match=rf"teacher.weights: {path} is neither a safetensors nor a plain torch state dict, and is not executed",
+    ):
         load_weights(nn.Linear(1, 1), path, field="teacher")
     assert not marker.exists()
 

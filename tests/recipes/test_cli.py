@@ -167,9 +167,9 @@ def test_gpu_that_is_not_there(call: Call, tiny_recipe: Path, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("none.safetensors", None, ["student.weights: ", "no such file"]),
-        ("cut.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{}", ["student.weights: ", "truncated"]),
-        ("text.pt", b"not a pickle", ["student.weights: ", "not a plain state dict"]),
+        ("none.safetensors", None, ["--student: ", "no such file"]),
+        ("cut.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{}", ["--student: ", "truncated"]),
+        ("text.pt", b"not a pickle", ["--student: ", "nor a plain torch state dict"]),
     ],
 )
 def test_student_file_that_is_none(
@@ -178,6 +178,15 @@ def test_student_file_that_is_none(
     if content is not None:
         (tmp_path / name).write_bytes(content)
     refused(call("evaluate", tiny_recipe, "--student", tmp_path / name), *words)
+
+
+def test_student_that_is_a_folder(call: Call, tiny_recipe: Path, finished_run: Finished, tmp_path: Path) -> None:
+    folder = finished_run[0]
+    refused(
+        call("evaluate", tiny_recipe, "--student", folder),
+        f"--student: {folder} is a folder; its student is {folder / 'student' / 'student.safetensors'}",
+    )
+    refused(call("evaluate", tiny_recipe, "--student", tmp_path), f"--student: {tmp_path} is a folder; give the file")
 
 
 def test_debug_shows_the_traceback() -> None:
