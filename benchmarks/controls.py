@@ -108,14 +108,21 @@ def real_images(folder: Path | None, count: int, seed: int) -> Subset:
     return Subset(source, [int(train[index]) for index in order])
 
 
-def predictions(classifier: Classifier, images: Images, batch_size: int = 500) -> Tensor:
-    """Predicted classes [N], int64."""
+def save_predictions(folder: Path, student: Classifier, test: Images, accuracy: float) -> None:
+    """Predicted classes [N] as ``predictions.npy``, which must give the accuracy that the evaluation gave."""
+    student.eval()
+    parts, labels = [], []
     with torch.inference_mode():
-        parts = [
-            classifier(images.read(range(first, min(first + batch_size, len(images))))[0].float() / 255).argmax(1)
-            for first in range(0, len(images), batch_size)
-        ]
-    return torch.cat(parts)
+        for first in range(0, len(test), 500):
+            pixels, truth = test.read(range(first, min(first + 500, len(test))))
+            parts.append(student(pixels.float() / 255).argmax(1))
+            labels.append(truth)
+    predicted = torch.cat(parts)
+    found = (predicted == torch.cat(labels)).double().mean().item()
+    # Batches of another size may turn a tie.
+    if abs(found - accuracy) > 2e-4:
+        raise RuntimeError(f"{folder}: predictions give an accuracy of {found}, the evaluation gave {accuracy}")
+    np.save(folder / "predictions.npy", predicted.numpy())
 
 
 def train_on(images: Images, recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -139,7 +146,7 @@ def train_on(images: Images, recipe: Recipe, folder: Path) -> dict[str, Any]:
         )
         journal.log("distillation", images=len(images), **asdict(summary))
     result = evaluate(student, test, teacher=teacher, batch_size=recipe.evaluation.batch_size, device=recipe.device)
-    np.save(folder / "predictions.npy", predictions(student, test).numpy())
+    save_predictions(folder, student, test, result.accuracy)
     return {
         "student_accuracy": result.accuracy,
         "teacher_accuracy": result.teacher_accuracy,
@@ -173,7 +180,7 @@ def run_synthesis(recipe: Recipe, shared: Path | None) -> dict[str, Any]:
     _, student, test = load_classifiers(recipe)
     assert test is not None
     load_weights(student.model, output / "student" / "student.safetensors", field="student")
-    np.save(output / "predictions.npy", predictions(student, test).numpy())
+    save_predictions(output, student, test, result["student_accuracy"])
     return {
         "student_accuracy": result["student_accuracy"],
         "teacher_accuracy": result["teacher_accuracy"],

@@ -1,15 +1,24 @@
 """The controls' own image sources and intervals."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
-from diffdfkd.benchmarks.controls import FreshIcons, Subset, bootstrap_interval, t_interval, write_csv
+from diffdfkd.benchmarks.controls import (
+    FreshIcons,
+    Subset,
+    bootstrap_interval,
+    save_predictions,
+    t_interval,
+    write_csv,
+)
 from diffdfkd.benchmarks.validation_split import idx_bytes
-from diffdfkd.engine.classifier import Preprocessing
+from diffdfkd.engine.classifier import Classifier, Preprocessing
 from diffdfkd.engine.idx import read_idx
 from diffdfkd.recipes.render_icons import load_glyphs
 
@@ -61,3 +70,30 @@ def test_tables_and_idx_files_are_read_back(tmp_path: Path) -> None:
     images = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
     (tmp_path / "images-idx3-ubyte").write_bytes(idx_bytes(images))
     assert np.array_equal(read_idx(tmp_path / "images-idx3-ubyte", 3), images)
+
+
+class Half:
+    """Four images, the first two bright; labels say so."""
+
+    classes: list[str] | None = None
+
+    def __len__(self) -> int:
+        return 4
+
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        bright = torch.tensor([250, 240, 10, 5], dtype=torch.uint8)[list(indices)]
+        return bright.view(-1, 1, 1, 1).expand(-1, 1, 28, 28), torch.tensor([1, 1, 0, 0])[list(indices)]
+
+
+def test_predictions_are_those_of_the_evaluation(tmp_path: Path) -> None:
+    norm = nn.BatchNorm1d(2, affine=False)
+    norm.running_mean = torch.tensor([0.0, 0.5])
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2, bias=False), norm)
+    nn.init.constant_(model[2].weight, 0.0)
+    model[2].weight.data[1] = 1.0
+    student = Classifier(model, Preprocessing(1, 28, (0.0,), (1.0,), "bilinear"), ["dark", "bright"])
+    save_predictions(tmp_path, student.train(), Half(), 1.0)
+    assert np.load(tmp_path / "predictions.npy").tolist() == [1, 1, 0, 0]
+    assert torch.equal(norm.running_mean, torch.tensor([0.0, 0.5])), "the student was judged in train mode"
+    with pytest.raises(RuntimeError, match=r"predictions give an accuracy of 1\.0"):
+        save_predictions(tmp_path, student, Half(), 0.5)
