@@ -34,14 +34,15 @@ def line_chart(title: str, series: Mapping[str, Points], across: str) -> str:
         return HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for tick in y_ticks:
+    for tick, label in zip(y_ticks, tick_labels(y_ticks), strict=True):
         y = up_at(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
-    for tick in x_ticks:
-        if x_low <= tick <= x_high:
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
+    whole = all(x == int(x) for x in xs)  # steps and shards have no halves
+    for tick, label in zip(x_ticks, tick_labels(x_ticks), strict=True):
+        if x_low <= tick <= x_high and not (whole and tick != int(tick)):
             x = across_at(tick)
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{number(tick)}</text>')
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{label}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(across)}</text>')
     for index, points in enumerate(drawn.values()):
         if len(points) == 1:
@@ -79,13 +80,17 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def number(value: float) -> str:
-    """A short form: 1500, 0.25, 2e-04."""
-    if value == 0:
-        return "0"
-    if not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.0e}"
-    return f"{value:.4g}"
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """One notation for all ticks of an axis, with as many digits as tell them apart: 1500, 0.25, 2.5e-04."""
+    highest = max(abs(value) for value in values)
+    power = "g" if 1e-3 <= highest < 1e6 else "e"
+    labels: list[str] = []
+    for digits in range(7):
+        labels = [f"{value:.{digits + (power == 'g')}{power}}" if value else "0" for value in values]
+        plain = all(abs(float(label) - value) <= 1e-3 * highest for label, value in zip(labels, values, strict=True))
+        if plain and len(set(labels)) == len(labels) and not (power == "g" and any("e" in label for label in labels)):
+            break
+    return labels
 
 
 def bars(rows: Sequence[tuple[str, float, str]], highest: float) -> str:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from diffdfkd.engine.charts import line_chart, thinned, ticks
+from diffdfkd.engine.charts import line_chart, thinned, tick_labels, ticks
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.gallery import PER_CLASS
 from diffdfkd.engine.recipe import dump_recipe, load_recipe
@@ -251,3 +251,21 @@ def test_line_chart_puts_the_highest_point_highest() -> None:
 def test_line_chart_of_one_point_and_of_none() -> None:
     assert "<circle" in line_chart("t", {"a": [(3, 1.0)]}, "step")
     assert line_chart("t", {"a": [(0, math.nan)], "b": []}, "step") == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([0, 5e-6, 1e-5, 1.5e-5], ["0", "5.0e-06", "1.0e-05", "1.5e-05"]),
+        ([0, 0.0005, 0.001, 0.0015, 0.002], ["0", "0.0005", "0.001", "0.0015", "0.002"]),
+        ([0, 500, 1000, 1500, 2000], ["0", "500", "1000", "1500", "2000"]),
+        ([0, 10, 20], ["0", "10", "20"]),
+    ],
+)
+def test_tick_labels_are_distinct_and_of_one_notation(values: list[float], labels: list[str]) -> None:
+    assert tick_labels(values) == labels
+
+
+def test_steps_have_no_halves() -> None:
+    svg = line_chart("loss", {"a": [(0, 1.0), (1, 2.0)]}, "shard")
+    assert ">0.5</text>" not in svg.split("middle", 1)[1]
