@@ -33,6 +33,7 @@ from diffdfkd.engine.journal import Journal, read_journal
 from diffdfkd.engine.plan import shard_plan
 from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
 from diffdfkd.engine.shards import round_folder, shard_path, write_atomic
+from diffdfkd.recipes.command import complain
 from diffdfkd.recipes.figures import stage
 from diffdfkd.recipes.render_icons import Glyphs, augment, load_glyphs
 from diffdfkd.recipes.run import load_classifiers, open_test, run, use_device
@@ -311,7 +312,7 @@ def main() -> None:
                     rows.append(one(variant, budget, seed, arguments))
                     print(rows[-1], flush=True)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(complain(str(error)))
     if set(arguments.variants) != set(VARIANTS):
         return  # the tables are written when all variants are asked for; what is made is not made again
     rows.sort(key=lambda row: (list(BUDGETS).index(row["budget"]), VARIANTS.index(row["variant"]), row["seed"]))

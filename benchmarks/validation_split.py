@@ -6,12 +6,15 @@
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 
+from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.idx import read_idx
 from diffdfkd.engine.shards import write_atomic
+from diffdfkd.recipes.command import complain
 from diffdfkd.recipes.train_teacher import fashion_split, training_files
 
 
@@ -26,7 +29,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's training files; Debian's by default")
     arguments = parser.parse_args()
-    images, labels = training_files(arguments.data)
+    try:
+        images, labels = training_files(arguments.data)
+    except UserError as error:
+        sys.exit(complain(str(error)))
     truth = read_idx(labels, 1)
     _, validation = fashion_split(truth)
     arguments.output.mkdir(parents=True, exist_ok=True)
