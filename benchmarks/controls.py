@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from diffdfkd.engine.accounts import accounts
-from diffdfkd.engine.classifier import Classifier, Preprocessing, build_classifier, load_weights
+from diffdfkd.engine.classifier import Classifier, Preprocessing, build_classifier
 from diffdfkd.engine.distillation import distill
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.evaluation import evaluate
@@ -34,7 +34,7 @@ from diffdfkd.engine.plan import shard_plan
 from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
 from diffdfkd.engine.shards import round_folder, shard_path, write_atomic
 from diffdfkd.recipes.command import complain
-from diffdfkd.recipes.figures import stage
+from diffdfkd.recipes.figures import load_student, stage
 from diffdfkd.recipes.render_icons import Glyphs, augment, load_glyphs
 from diffdfkd.recipes.run import load_classifiers, open_test, run, use_device
 from diffdfkd.recipes.run_folder import settle_machine
@@ -178,9 +178,8 @@ def run_synthesis(recipe: Recipe, shared: Path | None) -> dict[str, Any]:
                 if not (target / path.name).exists():
                     shutil.copyfile(path, target / path.name)
     result = run(recipe)
-    _, student, test = load_classifiers(recipe)
+    student, test = load_student(output / "student" / "student.safetensors", recipe), open_test(recipe)
     assert test is not None
-    load_weights(student.model, output / "student" / "student.safetensors", field="student")
     save_predictions(output, student, test, result["student_accuracy"])
     return {
         "student_accuracy": result["student_accuracy"],

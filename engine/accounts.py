@@ -46,7 +46,8 @@ def accounts(rows: Iterable[Mapping[str, Any]]) -> Accounts:
         elif row["event"] == "stage":
             stages[row["stage"]] = stages.get(row["stage"], 0.0) + row["seconds"]
         elif row["event"] == "distillation":
-            distillation += row["seconds"]
+            # A call that found all steps done spent its time on loading.
+            distillation += row["seconds"] if row.get("start_step", 0) < row.get("steps", 1) else 0.0
             training = None
         elif row["event"] == "distill_start":
             training = trained = row["time"]

@@ -290,7 +290,10 @@ def save_classifier(classifier: Classifier, path: str | Path, metadata: dict[str
 
 
 def digest(path: str | Path) -> str:
-    """SHA-256 in hexadecimal of a file, or of a folder's sorted relative names and file digests."""
+    """SHA-256 in hexadecimal of a file, or of a folder's sorted relative names and file digests.
+
+    Of a folder without its Markdown and hidden files (model card, ``.git``), which decide nothing.
+    """
     path = Path(path)
     if path.is_file():
         with path.open("rb") as file:
@@ -298,6 +301,7 @@ def digest(path: str | Path) -> str:
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
     total = hashlib.sha256()
-    for name in sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()):
+    names = [file.relative_to(path) for file in path.rglob("*") if file.is_file() and file.suffix.lower() != ".md"]
+    for name in sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)):
         total.update(f"{name}\0{digest(path / name)}\n".encode())
     return total.hexdigest()

@@ -30,6 +30,7 @@ def evaluate(
     from diffdfkd.engine.classifier import build_classifier
     from diffdfkd.engine.evaluation import evaluate as judge
     from diffdfkd.engine.shards import write_atomic
+    from diffdfkd.recipes.figures import load_student
     from diffdfkd.recipes.run import open_test, use_device
     from diffdfkd.recipes.run_folder import settle_machine
 
@@ -52,9 +53,8 @@ def evaluate(
         inside = student / "student" / "student.safetensors"
         hint = f"its student is {inside}" if inside.is_file() else "give the file of the student's weights"
         raise UserError(f"--student: {student} is a folder; {hint}")
-    weights = recipe.student.model_copy(update={"weights": str(student)})
     try:
-        model = build_classifier(weights, recipe.teacher, field="student")
+        model = load_student(student, recipe)
     except UserError as error:
         message = str(error)
         if message.startswith("student.weights: "):

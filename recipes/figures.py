@@ -27,7 +27,6 @@ def finish(
     **more: Any,
 ) -> dict[str, Any]:
     """Evaluate the student file, write ``result.json`` and the report, return the former."""
-    from diffdfkd.engine.classifier import build_classifier
     from diffdfkd.engine.evaluation import evaluate
     from diffdfkd.engine.report import write_report
     from diffdfkd.engine.shards import write_atomic
@@ -35,8 +34,7 @@ def finish(
     recipe = folder.recipe
     evaluation = None
     if test is not None:
-        weights = recipe.student.model_copy(update={"weights": str(folder.student)})
-        student = build_classifier(weights, recipe.teacher, field="student")
+        student = load_student(folder.student, recipe)
         with stage(journal, "evaluation", recipe):
             evaluation = evaluate(
                 student,
@@ -50,6 +48,14 @@ def finish(
     write_atomic(folder.result, (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
     write_report(folder.path)
     return result
+
+
+def load_student(weights: Path, recipe: Recipe) -> "Classifier":
+    """The recipe's student with the weights of a file; raises UserError where they do not fit."""
+    from diffdfkd.engine.classifier import build_classifier
+
+    student = recipe.student.model_copy(update={"weights": str(weights)})
+    return build_classifier(student, recipe.teacher, field="student")
 
 
 def figures(folder: RunFolder, evaluation: "Evaluation | None") -> dict[str, Any]:

@@ -7,9 +7,9 @@ tokenizer learnt from the captions) together with a UNet (UNet2DConditionModel, 
 out loads with `diffusers.StableDiffusionPipeline.from_pretrained`.
 """
 
-import hashlib
 import shlex
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +18,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from diffdfkd.engine.checkpoint import state_digest
 from diffdfkd.engine.errors import UserError
 from diffdfkd.recipes.captioned_folder import CaptionedImages, read_captioned_folder
 from diffdfkd.recipes.command import run_command
@@ -58,6 +59,8 @@ class PriorTraining:
     precision: str = "bfloat16"
     device: str = "cpu"
     provenance: str = ""
+    example: str | None = None
+    """Prompt that the model card shows; None for the most frequent caption."""
     licence: str = "apache-2.0"
     command: list[str] = field(default_factory=list)
 
@@ -118,7 +121,7 @@ def pretrain_prior(training: PriorTraining) -> Path:
             "unet channels": str(tuple(training.unet_channels)),
             "text width": str(training.text_width),
             "caption dropout": str(training.caption_dropout),
-            "autoencoder": weights_digest(vae),
+            "autoencoder": state_digest(vae.state_dict())[:16],
         },
     )
     unet_outcome = train_unet(
@@ -142,14 +145,6 @@ def pretrain_prior(training: PriorTraining) -> Path:
 def place(module: nn.Module, device: torch.device) -> None:
     """Move in place; channels last, which halves the cost of a convolution on a CPU."""
     module.to(device).to(memory_format=torch.channels_last)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Sixteen hexadecimal digits of the SHA-256 of a model's parameters."""
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def train_unet(
@@ -211,6 +206,7 @@ def model_card(training: PriorTraining, data: CaptionedImages, vae: Outcome, une
             strict=True,
         )
     )
+    example = training.example or Counter(data.captions).most_common(1)[0][0]
     return f"""---
 license: {training.licence}
 library_name: diffusers
@@ -221,10 +217,14 @@ pipeline_tag: text-to-image
 Text to {side}x{side} images of {channels} channel(s). It loads with the stock pipeline:
 
 ```python
+import torch
 from diffusers import StableDiffusionPipeline
 prior = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
-image = prior({data.captions[0]!r}, num_inference_steps=20, guidance_scale=2).images[0]
+generator = torch.Generator().manual_seed(0)
+image = prior({example!r}, num_inference_steps=20, guidance_scale=2, generator=generator).images[0]
 ```
+
+It knows the words of its captions and nothing else; images are as small and soft as a model of this size draws them.
 
 **Data.** {count:,} images with {len(set(data.captions)):,} different captions (digest {data.digest()[:16]}).
 {training.provenance}
@@ -258,6 +258,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads [torch's default].")] = None,
     provenance: Annotated[str, typer.Option(help="A sentence on the data for the model card.")] = "",
+    example: Annotated[str | None, typer.Option(help="Prompt shown in the model card [most frequent caption].")] = None,
     licence: Annotated[str, typer.Option(help="Licence of the weights for the model card.")] = "apache-2.0",
 ) -> None:
     """Train a small latent diffusion prior on a captioned image folder; the same command continues a cut run."""
@@ -275,6 +276,7 @@ def main(
         precision=precision,
         device=device,
         provenance=provenance,
+        example=example,
         licence=licence,
         command=["python -m diffdfkd.recipes.pretrain_prior", *map(shlex.quote, sys.argv[1:])],
     )

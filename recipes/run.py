@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffdfkd.engine.errors import UserError, naming
 from diffdfkd.engine.recipe import Recipe
-from diffdfkd.recipes.figures import finish, finished, stage
+from diffdfkd.recipes.figures import finish, finished, load_student, stage
 from diffdfkd.recipes.run_folder import RunFolder, claim, refuse_launch, versions
 
 if TYPE_CHECKING:
@@ -107,11 +107,8 @@ def open_test(
 
 def student_of(folder: RunFolder, round: int) -> "Classifier":
     """The student as it was after a round, from its snapshot; frozen, in eval mode."""
-    from diffdfkd.engine.classifier import build_classifier
-
     recipe = folder.recipe
-    weights = recipe.student.model_copy(update={"weights": str(folder.snapshot_of(round))})
-    student = build_classifier(weights, recipe.teacher, field="student")
+    student = load_student(folder.snapshot_of(round), recipe)
     return student.to(recipe.device).requires_grad_(False).eval()
 
 

@@ -48,6 +48,16 @@ def test_killed_distillation_counts_to_its_last_report() -> None:
     assert account.distillation_seconds == 6.0 + 10.5
 
 
+def test_a_distillation_that_found_all_steps_done_adds_nothing() -> None:
+    trained = {"start_step": 0, "steps": 100, "seconds": 10.0}
+    later = {"start_step": 40, "steps": 100, "seconds": 7.0}
+    nothing = {"start_step": 100, "steps": 100, "seconds": 3.0}
+    account = accounts(
+        rows(*((float(time), "distillation", row) for time, row in enumerate((trained, later, nothing))))
+    )
+    assert account.distillation_seconds == 17.0
+
+
 def test_no_rows() -> None:
     account = accounts([])
     assert (account.wall_seconds, account.images_per_second, account.peak_memory_mib) == (0.0, None, None)

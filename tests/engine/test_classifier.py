@@ -240,5 +240,7 @@ def test_the_digest_of_a_folder_knows_names_and_contents(tmp_path: Path) -> None
     assert make("b", {"2": b"two", "x/1": b"one"}) == whole
     assert make("c", {"x/1": b"one", "3": b"two"}) != whole
     assert make("d", {"x/1": b"one", "2": b"tww"}) != whole
+    card = {"README.md": b"a card", ".git/config": b"url", "x/.cache": b"more"}
+    assert make("e", {"x/1": b"one", "2": b"two", **card}) == whole
     with pytest.raises(UserError, match="no such file or folder"):
         digest(tmp_path / "none")

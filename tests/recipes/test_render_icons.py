@@ -59,11 +59,12 @@ def test_every_set_is_attributed() -> None:
         assert f"(`{name}`) | {count} |" in text
 
 
-def test_icons_under_isc_are_said_openly() -> None:
-    icons = [icon["set"] for icon in read_list() if icon["licence"] == "ISC"]
-    (sentence,) = [line for line in (ASSETS / "ICONS.md").read_text().splitlines() if "under ISC" in line]
-    assert sentence.startswith(f"{len(icons)} of the icons, ")
-    assert set(re.findall("`(.+?)`", sentence)) == set(icons)
+def test_only_the_settled_licences_are_used() -> None:
+    assert {licence.split("-")[0] for licence in LICENCES} == {"MIT", "Apache", "CC0", "OFL", "CC"}
+    assert not any(share in licence for licence in LICENCES for share in ("SA", "NC", "ND"))
+    rows = [line for line in (ASSETS / "ICONS.md").read_text(encoding="utf-8").splitlines() if "(`" in line]
+    named = {re.sub(r"^\[(.+?)\].*", r"\1", row.strip("| ").split(" | ")[-1]) for row in rows}
+    assert named and named <= set(LICENCES)
 
 
 def test_glyphs_follow_the_list(glyphs: Glyphs) -> None:
