@@ -1,5 +1,6 @@
 """Teachers and students: any classifier with the preprocessing of the teacher's domain, and its weights on disk."""
 
+import copy
 import difflib
 import hashlib
 import importlib
@@ -191,29 +192,39 @@ def _call(factory: Callable[..., Any], given: dict[str, Any], options: dict[str,
 
 
 def check_model(model: nn.Module, channels: int, size: int, classes: int, *, field: str) -> None:
-    """One forward of two black images; raises UserError unless the result is logits [2,classes]."""
+    """One forward of two black images; raises UserError unless the result is logits [2,classes].
+
+    Of a student, a second one in train mode, where some networks answer otherwise.
+    """
     first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
     if first is not None and first.in_channels != channels:
         raise UserError(
             f"{field}.architecture: takes {first.in_channels} channel(s), but teacher.channels is {channels}; "
             f"set teacher.channels={first.in_channels} (grey images are replicated, colour becomes luma)"
         )
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(torch.zeros(2, channels, size, size))
-    except RuntimeError as error:
-        problem = str(error).splitlines()[0]
-        raise UserError(f"{field}.architecture: fails on a {channels}x{size}x{size} image: {problem}") from error
-    finally:
-        model.train(training)
-    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
-        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(
-            f"{field}.architecture: gives {found} for 2 images, but teacher.classes names {classes} classes; "
-            f"logits [2, {classes}] are wanted"
-        )
+    # A copy: a forward in train mode moves BatchNorm's statistics.
+    probes = [copy.deepcopy(model).train(training) for training in ((False, True) if field == "student" else (False,))]
+    for probe in probes:
+        mode = " in train mode" if probe.training else ""
+        try:
+            with torch.no_grad():
+                logits = probe(torch.zeros(2, channels, size, size))
+        except (RuntimeError, ValueError) as error:
+            problem = str(error).splitlines()[0]
+            raise UserError(
+                f"{field}.architecture: fails on a {channels}x{size}x{size} image{mode}: {problem}; take another "
+                "architecture or teacher.size"
+            ) from error
+        if not isinstance(logits, Tensor):
+            raise UserError(
+                f"{field}.architecture: gives {type(logits).__name__}{mode}, not logits; build it without auxiliary "
+                f"heads, as by {field}.options={{aux_logits: false}}, or wrap it in a factory that returns logits"
+            )
+        if logits.shape != (2, classes):
+            raise UserError(
+                f"{field}.architecture: gives {list(logits.shape)} for 2 images{mode}, but teacher.classes names "
+                f"{classes} classes; logits [2, {classes}] are wanted"
+            )
 
 
 def load_weights(model: nn.Module, path: str | Path, *, field: str) -> None:

@@ -151,7 +151,12 @@ def build_engine(student: Classifier, recipe: DistillationRecipe, place: Place) 
     config = deepspeed_config(recipe, sum(parameter.numel() for parameter in parameters), place.processes)
     try:
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
-    except (ValueError, AssertionError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
+    except (
+        ValueError,
+        AssertionError,
+        deepspeed.runtime.config.DeepSpeedConfigError,
+        deepspeed.runtime.zero.utils.ZeRORuntimeException,
+    ) as error:
         if not recipe.deepspeed:
             raise
         raise UserError(f"distillation.deepspeed: DeepSpeed refuses it: {' '.join(str(error).split())}") from error

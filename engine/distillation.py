@@ -131,6 +131,13 @@ def distill(
     return DistillationSummary(state.step, start, time.perf_counter() - begin, speed, state.loss, agreement)
 
 
+def try_deepspeed(student: Classifier, recipe: DistillationRecipe, device: torch.device | str) -> None:
+    """UserError if DeepSpeed refuses the recipe's own configuration; said before images are made rather than after."""
+    if recipe.deepspeed:
+        with training_processes(torch.device(device)) as place, _own_random_state(place.device):
+            build_engine(student, recipe, place).destroy()
+
+
 def learning_rate(recipe: DistillationRecipe, step: int) -> float:
     """Rate of a step counted from 0: linear warm-up, then the schedule over the remaining steps; no state."""
     if step < recipe.warmup_steps:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffdfkd.engine.combinations import round_samples
 from diffdfkd.engine.recipe import Recipe, dump_recipe
 from diffdfkd.engine.shards import canonical_json
 from diffdfkd.kernels.philox import LABELS, philox_uniform
@@ -39,14 +40,6 @@ def shard_plan(recipe: Recipe, round: int) -> list[ShardPlan]:
         ShardPlan(round, index, first, min(full, samples - first))
         for index, first in enumerate(range(0, samples, full))
     ]
-
-
-def round_samples(recipe: Recipe, round: int) -> int:
-    """The run's images are dealt out to the rounds evenly, in whole sets of classes where each round can have one."""
-    classes, per_class = len(recipe.teacher.classes), recipe.synthesis.images_per_class
-    unit = classes if per_class >= recipe.rounds else 1
-    units = classes * per_class // unit
-    return unit * (units * (round + 1) // recipe.rounds - units * round // recipe.rounds)
 
 
 def sample_ids(round: int, first: int, samples: int) -> Tensor:

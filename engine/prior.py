@@ -103,9 +103,7 @@ def load_prior(recipe: PriorRecipe, device: torch.device | str) -> Prior:
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    # The stock pipeline corrects these two in old configurations; samplers then agree with it.
-    scheduler_config = _read_json(folder / "scheduler" / "scheduler_config.json")
-    scheduler_config |= {"steps_offset": 1, "clip_sample": False}
+    scheduler_config = read_scheduler_config(folder)
     return Prior(
         unet=unet,
         vae=vae,
@@ -150,6 +148,12 @@ def find_prior(recipe: PriorRecipe) -> Path:
         ) from None
     finally:
         logging.set_verbosity(verbosity)
+
+
+def read_scheduler_config(folder: Path) -> dict[str, Any]:
+    """Scheduler configuration of a prior's folder, with the two fields that the stock pipeline corrects in old ones."""
+    config = _read_json(folder / "scheduler" / "scheduler_config.json")
+    return config | {"steps_offset": 1, "clip_sample": False}
 
 
 def read_licence(card: Path) -> str | None:

@@ -3,13 +3,14 @@
 Nothing heavy is imported and no device is probed here, so that a mistake in a recipe costs a second.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from diffdfkd.engine.combinations import impossible
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe_file import explain, read_recipe
 
@@ -21,15 +22,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_switch(cls, value: Any) -> Any:
-        # No field is a switch, and pydantic would read true as the number 1.
-        if isinstance(value, bool):
-            raise ValueError("this field is not a switch; give its value")
-        return value
+    # Strict: "20" is no number and true is not 1.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class PriorRecipe(Section):
@@ -96,7 +90,7 @@ class GuidanceRecipe(Section):
     rho: Weight = 0.15
     """Size of the guidance step, in the unit of ``rho_rule``."""
     rho_rule: Literal["raw", "unit", "cfg"] = "unit"
-    window: tuple[Fraction, Fraction] = (0.0, 1.0)
+    window: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.0, 1.0)
     """First and last guided part of the trajectory, as fractions of its steps; 0 is pure noise."""
     every: Count = 1
     """Guide each n-th step of the window."""
@@ -135,6 +129,17 @@ OWNED = {
 }
 """DeepSpeed keys that a field of the recipe decides."""
 
+DEEPSPEED_KEYS = (
+    *("activation_checkpointing", "aio", "autotuning", "comet", "comms_logger", "communication_data_type", "compile"),
+    *("csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last", "disable_allgather", "disable_python_gc"),
+    *("dump_state", "elasticity", "expert_parallel", "flops_profiler", "gradient_allreduce_op", "gradient_clipping"),
+    *("gradient_predivide_factor", "hybrid_engine", "log_level", "memory_breakdown", "pipeline", "prescale_gradients"),
+    *("seq_parallel_communication_data_type", "steps_per_print", "tensor_parallel", "tensorboard", "timers"),
+    *("use_data_before_expert_parallelism", "wall_clock_breakdown", "wandb", "weight_quantization"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization"),
+)
+"""Other top-level keys that DeepSpeed 0.19 reads: it passes over those that it does not know in silence."""
+
 
 class DistillationRecipe(Section):
     steps: Count = 1500
@@ -169,6 +174,12 @@ class DistillationRecipe(Section):
         # Here and not where DeepSpeed begins, since all images would have been made by then.
         if not isinstance(self.deepspeed.get("zero_optimization", {}), dict):
             raise UserError("distillation.deepspeed.zero_optimization: a mapping of DeepSpeed's keys; see its manual")
+        known = [*DEEPSPEED_KEYS, *OWNED]
+        for key in self.deepspeed:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else "; its manual lists them"
+                raise UserError(f"distillation.deepspeed.{key}: DeepSpeed has no such key{hint}")
         ours = {
             "train_batch_size": self.batch_size,
             "gradient_accumulation_steps": 1,
@@ -218,92 +229,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
-        for field, problem in _impossible(self):
+        for field, problem in impossible(self):
             raise UserError(f"{field}: {problem}")
         return self
-
-
-def _impossible(recipe: Recipe) -> Iterable[tuple[str, str]]:
-    """Combinations that no field can refuse alone, as (field, what is wrong and the cure)."""
-    teacher, synthesis, guidance, cutmix = recipe.teacher, recipe.synthesis, recipe.guidance, recipe.cutmix
-    if len(teacher.classes) < 2:
-        yield "teacher.classes", f"got {len(teacher.classes)} class name(s); a classifier has two or more"
-    if len(set(teacher.classes)) < len(teacher.classes):
-        yield "teacher.classes", "two classes have the same name; make them distinct"
-    for name in ("mean", "std"):
-        values = getattr(teacher, name)
-        if len(values) not in (1, teacher.channels):
-            yield f"teacher.{name}", f"got {len(values)} numbers for {teacher.channels} channel(s); give 1 or one each"
-        if any(not math.isfinite(value) for value in values):
-            yield f"teacher.{name}", f"got {values}; finite numbers only"
-    if synthesis.words is not None and len(synthesis.words) != len(teacher.classes):
-        yield "synthesis.words", f"got {len(synthesis.words)} words for {len(teacher.classes)} classes; give one each"
-    if guidance.mode != "none":
-        if guidance.rho_rule == "cfg" and synthesis.guidance_scale == 1:
-            yield (
-                "guidance.rho_rule",
-                "cfg needs classifier-free guidance, but synthesis.guidance_scale is 1; take unit or raw, "
-                "or another scale",
-            )
-        if guidance.class_weight == guidance.batchnorm_weight == guidance.adversarial_weight == 0:
-            yield "guidance", "all weights are 0; set one above 0, or guidance.mode=none"
-        elif guidance.class_weight == guidance.batchnorm_weight == 0:
-            yield (
-                "guidance",
-                "class_weight and batchnorm_weight are 0, so nothing guides the first round, which has no student; "
-                "set one of them above 0",
-            )
-        if guidance.adversarial_weight > 0 and recipe.rounds == 1:
-            yield (
-                "guidance.adversarial_weight",
-                f"got {guidance.adversarial_weight}, but with rounds=1 no student exists during synthesis; "
-                "set rounds to 2 or more, or the weight to 0",
-            )
-    if cutmix.every and synthesis.batch_size < 2:
-        yield "cutmix.every", "CutMix needs a partner, but synthesis.batch_size is 1; raise it, or set cutmix.every=0"
-    elif cutmix.every and cutmix.partner == "within":
-        yield from _no_partner_within(recipe)
-    if cutmix.every >= synthesis.steps:
-        yield (
-            "cutmix.every",
-            f"got {cutmix.every} with synthesis.steps={synthesis.steps}: a mix needs a later step to repair its seam; "
-            f"set it to {synthesis.steps - 1} or less, or to 0",
-        )
-    images = synthesis.images_per_class * len(teacher.classes)
-    if recipe.rounds > images:
-        yield "rounds", f"got {recipe.rounds} for {images} images; at most one round per image"
-    if recipe.rounds > recipe.distillation.steps:
-        yield "rounds", f"got {recipe.rounds} for {recipe.distillation.steps} distillation steps; at most one per step"
-    if recipe.distillation.holdout >= images:
-        yield "distillation.holdout", f"got {recipe.distillation.holdout} of {images} images; leave some to train on"
-    if recipe.evaluation.labels and not recipe.evaluation.images:
-        yield "evaluation.labels", "given without evaluation.images; give both, or a folder with one sub-folder a class"
-
-
-def _no_partner_within(recipe: Recipe) -> Iterable[tuple[str, str]]:
-    """Where no batch can hold a class twice, so that CutMix within a class would silently never mix.
-
-    Each block of K samples of a round holds each of the K classes once: a class can come twice only in a batch that
-    reaches over the end of a block.
-    """
-    classes, batch, per_class = (
-        len(recipe.teacher.classes),
-        recipe.synthesis.batch_size,
-        recipe.synthesis.images_per_class,
-    )
-    cure = "or take cutmix.partner=across or any"
-    if classes % batch == 0:
-        yield (
-            "cutmix.partner",
-            f"within finds no partner: with synthesis.batch_size={batch} no batch holds one of the {classes} classes "
-            f"twice; raise synthesis.batch_size above {classes}, {cure}",
-        )
-    elif per_class <= recipe.rounds:
-        yield (
-            "cutmix.partner",
-            f"within finds no partner: synthesis.images_per_class={per_class} over rounds={recipe.rounds} is at most "
-            f"one image of a class a round; raise synthesis.images_per_class above {recipe.rounds}, {cure}",
-        )
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:

@@ -33,9 +33,10 @@ def read_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     for override in overrides:
         _override(content, override)
     named = {override.partition("=")[0] for override in overrides}
-    if "evaluation.images" in named and "evaluation.labels" not in named:
+    evaluation = content.get("evaluation")
+    if "evaluation.images" in named and "evaluation.labels" not in named and isinstance(evaluation, dict):
         # The recipe's labels belong to the recipe's images; an IDX file finds those beside it by itself.
-        content["evaluation"].pop("labels", None)
+        evaluation.pop("labels", None)
     return content
 
 
@@ -80,7 +81,12 @@ def _override(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override}: an override is key=value, such as synthesis.steps=20")
-    value = _text(text) if key in ("output", "prior", "synthesis.prompt", *PATHS) else _value(text)
+    if key == "synthesis.prompt":
+        value: Any = text
+    elif key in ("output", "prior", *PATHS) and not text.startswith("{"):
+        value = _text(text)
+    else:
+        value = _value(text)
     *sections, last = key.split(".")
     node = content
     for depth, section in enumerate(sections):
@@ -94,7 +100,7 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 
 def _text(text: str) -> str | None:
-    """Path or prompt of an override, as typed: a folder may be called 2024. The shell leaves ``~`` to us."""
+    """Path of an override, as typed: a folder may be called 2024. The shell leaves ``~`` to us."""
     if text in ("", "null", "~"):
         return None
     return str(Path(text).expanduser()) if text.startswith("~/") else text

@@ -1,6 +1,7 @@
 """One self-contained HTML page about a run, from the files in its folder; sections without data are left out."""
 
 import json
+import shlex
 from collections import defaultdict
 from html import escape
 from pathlib import Path
@@ -193,7 +194,9 @@ def _configuration(recipe: Content, result: Content) -> str:
     if result.get("prior_licence"):
         provenance.append(("licence of the prior", result["prior_licence"]))
     provenance += [(f"version of {name}", str(version)) for name, version in (frozen.get("versions") or {}).items()]
-    again = "diffdfkd run recipe.yaml output=ANOTHER-FOLDER"
+    images = frozen.get("images")
+    command = f"distill recipe.yaml --images {shlex.quote(images)}" if images else "run recipe.yaml"
+    again = f"diffdfkd {command} output=ANOTHER-FOLDER"
     return (
         '<section><h2>How it was made</h2><p class="note">The recipe.yaml beside this page holds all of this; the '
         f"command below repeats the run.</p><pre>{escape(again)}</pre>"

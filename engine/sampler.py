@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from diffdfkd.engine.combinations import guided_steps
 from diffdfkd.engine.cutmix import CutMixPlan
-from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.schedule import Table
 from diffdfkd.engine.stages import Chain, UNet, finite
@@ -34,25 +34,6 @@ class Trajectory:
     """[B, K] float32, soft labels after all mixes."""
     losses: Tensor
     """[S, 4], total, class, BatchNorm and adversarial loss per step; NaN where a step was not guided."""
-
-
-def guided_steps(guidance: GuidanceRecipe, steps: int) -> list[bool]:
-    """Per step, whether it is guided: each ``every``-th of those that begin inside the window.
-
-    Raises UserError where guidance is on but the window holds the beginning of no step.
-    """
-    if guidance.mode == "none":
-        return [False] * steps
-    # Rounded, so that 0.07 of 100 steps is 7.
-    start, end = (round(edge * steps, 9) for edge in guidance.window)
-    inside = [step for step in range(steps) if start <= step < end]
-    if not inside:
-        raise UserError(
-            f"guidance.window: {list(guidance.window)} holds none of the {steps} steps, which begin at multiples of "
-            f"{1 / steps:.3g}; widen it, or set guidance.mode=none"
-        )
-    chosen = set(inside[:: guidance.every])
-    return [step in chosen for step in range(steps)]
 
 
 @torch.no_grad()

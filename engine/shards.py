@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Literal
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 MANIFEST = "manifest.jsonl"
+SIDECAR = re.compile(r"shard-(\d{5,})\.json")
 TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 """Names that `atomic_file` gives, and hardly anyone else: what has such a name may be deleted."""
 
@@ -210,19 +211,22 @@ def verify_shard(path: Path) -> Sidecar:
     return sidecar
 
 
-def list_shards(root: Path, round: int) -> list[Sidecar]:
-    """A round's sidecars by index, ``root`` being the data set's folder; raises DamagedShard for a broken one."""
-    sidecars = [read_sidecar(path) for path in round_folder(root, round).glob("shard-*.json")]
-    return sorted(sidecars, key=lambda sidecar: sidecar.index)
+def list_shards(root: Path, round: int) -> Iterator[Sidecar]:
+    """A round's sidecars in order of index, each read when it is asked for; ``root`` is the data set's folder.
+
+    Raises DamagedShard for a broken one. Files of other names are none of ours.
+    """
+    found = (SIDECAR.fullmatch(path.name) for path in round_folder(root, round).glob("shard-*.json"))
+    for index in sorted(int(match[1]) for match in found if match):
+        yield read_sidecar(shard_path(round_folder(root, round), index))
 
 
 def write_manifest(root: Path, rounds: int) -> Path:
     """``manifest.jsonl``: a line for each shard of the first ``rounds`` rounds, from the sidecars and nothing else."""
-    lines = []
-    for round in range(rounds):
-        for sidecar in list_shards(root, round):
-            line = sidecar.model_dump(mode="json", exclude={"version", "choices"})
-            line["shard"] = f"{round_folder(root, round).name}/{sidecar.shard}"
-            lines.append(canonical_json(line) + b"\n")
-    write_atomic(root / MANIFEST, b"".join(lines))
+    with atomic_file(root / MANIFEST) as stream:
+        for round in range(rounds):
+            for sidecar in list_shards(root, round):
+                line = sidecar.model_dump(mode="json", exclude={"version", "choices"})
+                line["shard"] = f"{round_folder(root, round).name}/{sidecar.shard}"
+                stream.write(canonical_json(line) + b"\n")
     return root / MANIFEST

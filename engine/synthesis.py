@@ -6,7 +6,7 @@ shards that exist and make the others, and a kill costs the shard that was being
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffdfkd.engine import shards
+from diffdfkd.engine.combinations import round_samples
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.journal import Journal
 from diffdfkd.engine.painter import (
@@ -31,7 +32,6 @@ from diffdfkd.engine.plan import (
     ShardPlan,
     choices_digest,
     differing_choices,
-    round_samples,
     shard_plan,
     synthesis_choices,
     weights_digest,
@@ -43,6 +43,14 @@ MOST_DROPPED = 0.01
 """Share of a run's samples that may be lost to non-finite numbers."""
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Count:
+    """Samples of a shard."""
+
+    images: int
+    dropped: int
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,14 @@ def synthesize(
     choices = round_choices(recipe, models, round)
     shards.remove_temporary(folder)
     _refuse_foreign(root, folder, recipe, len(plans), choices)
-    existing = {plan.index: sidecar for plan in plans if (sidecar := _existing(folder, plan, journal)) is not None}
-    before = [sidecar for earlier in range(round) for sidecar in shards.list_shards(root, earlier)]
-    _refuse_loss(recipe, [*before, *existing.values()])
+    # Of the shards only their counts are kept: a sidecar repeats all choices, and there may be very many.
+    existing = {plan.index: count for plan in plans if (count := _existing(folder, plan, journal)) is not None}
+    lost = sum(sidecar.dropped for earlier in range(round) for sidecar in shards.list_shards(root, earlier))
+    lost += sum(count.dropped for count in existing.values())
+    _refuse_loss(recipe, lost)
 
     missing = [plan for plan in plans if plan.index not in existing]
-    made: list[Sidecar] = []
+    made: list[Count] = []
     seconds = 0.0
     if missing:
         bar = tqdm(
@@ -95,7 +105,8 @@ def synthesize(
         with bar, Painter(recipe, models, round) as painter:
             for plan in missing:
                 sidecar, losses = _make(painter, plan, folder, choices, bar)
-                made.append(sidecar)
+                made.append(Count(sidecar.images, sidecar.dropped))
+                lost += sidecar.dropped
                 now = time.perf_counter()
                 journal.log(
                     "shard",
@@ -107,13 +118,13 @@ def synthesize(
                     losses=losses,
                 )
                 seconds, started = seconds + now - started, now
-                _refuse_loss(recipe, [*before, *existing.values(), *made])
+                _refuse_loss(recipe, lost)
     shards.write_manifest(root, rounds=round + 1)
     ours = [*existing.values(), *made]
     return SynthesisSummary(
-        images=sum(sidecar.images for sidecar in ours),
-        dropped=sum(sidecar.dropped for sidecar in ours),
-        made=sum(sidecar.images for sidecar in made),
+        images=sum(count.images for count in ours),
+        dropped=sum(count.dropped for count in ours),
+        made=sum(count.images for count in made),
         seconds=seconds,
         shards=len(ours),
         digest=choices_digest(choices),
@@ -166,8 +177,8 @@ def _refuse_foreign(root: Path, folder: Path, recipe: Recipe, planned: int, choi
                 f"output: {folder / sidecar.shard} was made by another recipe ({differences}); take another output "
                 "folder, or go back to that recipe"
             )
-    surplus = [path for path in folder.glob("shard-*.tar") if int(path.stem.rpartition("-")[2]) >= planned]
-    surplus += [path for path in root.glob("round-*") if int(path.name.rpartition("-")[2]) >= recipe.rounds]
+    surplus = [path for path in folder.glob("shard-*.tar") if _number(path.stem, planned) >= planned]
+    surplus += [path for path in root.glob("round-*") if _number(path.name, recipe.rounds) >= recipe.rounds]
     if surplus:
         raise UserError(
             f"output: {min(surplus)} is more than synthesis.images_per_class={recipe.synthesis.images_per_class} and "
@@ -175,8 +186,14 @@ def _refuse_foreign(root: Path, folder: Path, recipe: Recipe, planned: int, choi
         )
 
 
-def _existing(folder: Path, plan: ShardPlan, journal: Journal) -> Sidecar | None:
-    """The sidecar of a shard that is whole and as long as planned; None, with a logged reason, if it is to be made."""
+def _number(name: str, otherwise: int) -> int:
+    """Of a shard or round by its name; `otherwise` for a name that we do not give, which counts as surplus."""
+    number = name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else otherwise
+
+
+def _existing(folder: Path, plan: ShardPlan, journal: Journal) -> Count | None:
+    """What a shard holds that is whole and as long as planned; None, with a logged reason, if it is to be made."""
     path = shards.shard_path(folder, plan.index)
     if not path.exists() and not path.with_suffix(".json").exists():
         return None
@@ -188,17 +205,21 @@ def _existing(folder: Path, plan: ShardPlan, journal: Journal) -> Sidecar | None
         log.warning("%s is made again: %s", path, reason)
         journal.log("remake", round=plan.round, shard=plan.index, reason=str(reason))
         return None
-    return sidecar
+    return Count(sidecar.images, sidecar.dropped)
 
 
-def _refuse_loss(recipe: Recipe, sidecars: Sequence[Sidecar]) -> None:
+def _refuse_loss(recipe: Recipe, dropped: int) -> None:
     """UserError as soon as more is lost than the whole run may lose; a bad start alone is no reason."""
-    dropped = sum(sidecar.dropped for sidecar in sidecars)
     samples = recipe.synthesis.images_per_class * len(recipe.teacher.classes)
     if dropped > MOST_DROPPED * samples:
+        guided = recipe.guidance.mode != "none"
+        cures = (["a smaller guidance.rho"] if guided else []) + (
+            ["prior.dtype=float32"] if recipe.prior.dtype != "float32" else []
+        )
         raise UserError(
-            f"guidance.rho: {dropped} of {samples} samples were not finite and had to be dropped, more than "
-            f"{MOST_DROPPED:.0%}; take a smaller guidance.rho or prior.dtype=float32, and another output folder"
+            f"{'guidance.rho' if guided else 'prior'}: {dropped} of {samples} samples were not finite and had to be "
+            f"dropped, more than {MOST_DROPPED:.0%}; take {' or '.join(cures) or 'another prior'}, and another output "
+            "folder"
         )
 
 

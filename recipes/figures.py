@@ -45,6 +45,8 @@ def finish(
                 progress=progress,
             )
     result = {**figures(folder, evaluation), **more}
+    # Before the result, so that a kill never leaves the report of an earlier one beside it.
+    (folder.path / "report.html").unlink(missing_ok=True)
     write_atomic(folder.result, (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
     write_report(folder.path)
     return result
@@ -69,7 +71,10 @@ def figures(folder: RunFolder, evaluation: "Evaluation | None") -> dict[str, Any
     rows = read_journal(folder.journal)
     account = accounts(rows)
     root = folder.path / "synthetic"
-    sidecars = [] if folder.images else [s for round in range(recipe.rounds) for s in list_shards(root, round)]
+    images = dropped = 0
+    for round in range(0 if folder.images else recipe.rounds):
+        for sidecar in list_shards(root, round):
+            images, dropped = images + sidecar.images, dropped + sidecar.dropped
     last: dict[str, Any] = next((row for row in reversed(rows) if row["event"] == "distillation"), {})
     return {
         "student_accuracy": evaluation.accuracy if evaluation else None,
@@ -78,8 +83,8 @@ def figures(folder: RunFolder, evaluation: "Evaluation | None") -> dict[str, Any
         "calibration_error": evaluation.calibration_error if evaluation else None,
         "per_class": evaluation.per_class if evaluation else None,
         "test_images": evaluation.images if evaluation else None,
-        "images": sum(sidecar.images for sidecar in sidecars) if sidecars else last.get("images"),
-        "dropped": sum(sidecar.dropped for sidecar in sidecars),
+        "images": images or last.get("images"),
+        "dropped": dropped,
         "images_per_second": account.images_per_second,
         "synthesis_seconds": account.synthesis_seconds,
         "distillation_seconds": account.distillation_seconds,
@@ -106,7 +111,7 @@ def finished(folder: RunFolder) -> dict[str, Any] | None:
     from diffdfkd.engine.classifier import digest
     from diffdfkd.engine.plan import shard_plan
     from diffdfkd.engine.report import write_report
-    from diffdfkd.engine.shards import DamagedShard, round_folder, shard_path, verify_shard
+    from diffdfkd.engine.shards import MANIFEST, DamagedShard, round_folder, shard_path, verify_shard, write_manifest
 
     recipe = folder.recipe
     if folder.grown or not folder.result.is_file() or not folder.student.is_file():
@@ -125,6 +130,8 @@ def finished(folder: RunFolder) -> dict[str, Any] | None:
             verify_shard(shard_path(round_folder(folder.path / "synthetic", plan.round), plan.index))
     except DamagedShard:
         return None
+    if plans and not (folder.path / "synthetic" / MANIFEST).is_file():
+        write_manifest(folder.path / "synthetic", recipe.rounds)
     if not (folder.path / "report.html").is_file():
         write_report(folder.path)
     return result

@@ -60,10 +60,23 @@ def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
 
 def load(recipe: Recipe) -> tuple["Prior", "Classifier", "Classifier", "Images | None"]:
     """All that the recipe names: prior and teacher on its device, a fresh student and the test images."""
-    from diffdfkd.engine.prior import load_prior
+    from diffdfkd.engine.distillation import try_deepspeed
 
     teacher, student, test = load_classifiers(recipe)
-    return load_prior(recipe.prior, recipe.device), teacher, student, test
+    try_deepspeed(student, recipe.distillation, recipe.device)
+    return load_prior_for(recipe, teacher), teacher, student, test
+
+
+def load_prior_for(recipe: Recipe, teacher: "Classifier") -> "Prior":
+    """The recipe's prior, once its schedule and the teacher are known to serve the recipe: those are looked at fast."""
+    from diffdfkd.engine.prior import find_prior, load_prior, read_scheduler_config
+    from diffdfkd.engine.schedule import make_table
+    from diffdfkd.engine.taps import BatchNormTaps
+
+    make_table(recipe.synthesis.sampler, read_scheduler_config(find_prior(recipe.prior)), recipe.synthesis.steps)
+    if recipe.guidance.mode != "none" and recipe.guidance.batchnorm_weight > 0:
+        BatchNormTaps(teacher.model).remove()
+    return load_prior(recipe.prior, recipe.device)
 
 
 def load_classifiers(recipe: Recipe) -> tuple["Classifier", "Classifier", "Images | None"]:

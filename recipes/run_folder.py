@@ -60,14 +60,10 @@ class RunFolder:
 
         Called once everything that the recipe names has been loaded, so that a mistake does not bind the folder.
         """
-        import shutil
-
         from diffdfkd.engine.shards import write_atomic
 
         if self.grown:
-            # The student of fewer images is another student: it is trained again, on all of them.
-            self.result.unlink(missing_ok=True)
-            shutil.rmtree(self.path / "student", ignore_errors=True)
+            self._set_aside()
         file = self.path / "recipe.yaml"
         frozen: dict[str, Any] = {"digests": dict(self.digests), "versions": versions()}
         if self.images is not None:
@@ -79,6 +75,19 @@ class RunFolder:
         content = {**dump_recipe(self.recipe), "frozen": frozen}
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
         write_atomic(file, f"# Written by diffdfkd; `diffdfkd run recipe.yaml output=...` repeats it.\n{text}".encode())
+
+    def _set_aside(self) -> None:
+        """The student of fewer images is another student, to be trained again on all of them; this one is kept."""
+        things = [path for path in (self.path / "student", self.result, self.path / "report.html") if path.exists()]
+        if not things:
+            return
+        kept = self.path / "superseded"
+        number = 1 + max((int(path.name) for path in kept.glob("[0-9][0-9][0-9]")), default=0)
+        folder = kept / f"{number:03d}"
+        folder.mkdir(parents=True)
+        for path in things:
+            path.rename(folder / path.name)
+        log.warning("the student of fewer images now lies in %s", folder)
 
 
 @contextmanager
@@ -217,6 +226,13 @@ def _refuse_other(
             continue
         if field == "synthesis.images_per_class" and now.rounds == 1 and now_ > was:
             continue
+        if field.startswith("distillation.") and before.rounds == now.rounds == 1:
+            if not any(folder.glob("student/*.safetensors")):
+                continue  # the images do not depend on it, and no student does yet
+            raise UserError(
+                f"{field}: {folder} holds a student with {field}={was}, now it is {now_}; to train another one on its "
+                f"images: diffdfkd distill RECIPE --images {folder / 'synthetic'} output=ANOTHER {field}={now_}"
+            )
         raise UserError(
             f"{field}: {folder} holds a run with {field}={was}, now it is {now_}; choose another output folder, or "
             f"give {field}={was} to continue that run"
@@ -289,4 +305,6 @@ def _check_device(device: str) -> None:
 
 def _threads() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    # Of the processes on this machine torchrun gives the first, the DeepSpeed launcher the second.
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    return max(1, cores // int(processes))

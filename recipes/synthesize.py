@@ -7,7 +7,7 @@ import time
 
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.recipes.figures import stage
-from diffdfkd.recipes.run import session, use_device
+from diffdfkd.recipes.run import load_prior_for, session, use_device
 from diffdfkd.recipes.run_folder import claim, refuse_launch
 
 
@@ -20,7 +20,6 @@ def synthesize(recipe: Recipe, *, progress: bool = True) -> str:
     started = time.perf_counter()
     from diffdfkd.engine.classifier import build_classifier
     from diffdfkd.engine.preview import preview_pairs
-    from diffdfkd.engine.prior import load_prior
     from diffdfkd.engine.synthesis import Models
     from diffdfkd.engine.synthesis import synthesize as make_shards
 
@@ -28,7 +27,7 @@ def synthesize(recipe: Recipe, *, progress: bool = True) -> str:
         recipe = folder.recipe
         use_device(recipe)
         teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher").to(recipe.device)
-        models = Models(load_prior(recipe.prior, recipe.device), teacher)
+        models = Models(load_prior_for(recipe, teacher), teacher)
         folder.freeze()
         with session(folder, "synthesize", time.perf_counter() - started) as journal:
             with stage(journal, "synthesis", recipe):

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from diffdfkd.engine.combinations import round_samples
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.plan import round_samples
 from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
 
 MINIMAL: dict[str, Any] = {
@@ -37,7 +37,7 @@ BAD = [
     ("synthesis.steps=2.5", ["synthesis.steps", "2.5", "integer"]),
     ("synthesis.batch_size=many", ["synthesis.batch_size", "many", "integer"]),
     ("synthesis.images_per_class=-5", ["synthesis.images_per_class", "-5"]),
-    ("synthesis.images_per_class=true", ["synthesis.images_per_class", "true", "not a switch"]),
+    ("synthesis.images_per_class=true", ["synthesis.images_per_class", "true", "valid integer"]),
     ("synthesis.format=jpeg", ["synthesis.format", "jpeg", "'png'"]),
     ("synthesis.words=[one]", ["synthesis.words", "1 words for 2 classes"]),
     ("synthesis.guidance_scale=.inf", ["synthesis.guidance_scale", "finite"]),
@@ -73,6 +73,15 @@ BAD = [
     ("seed=", ["seed", "null", "integer"]),
     ("device=tpu", ["device", "tpu", "'cpu'"]),
     ("threads=0", ["threads", "got 0"]),
+    ("synthesis.steps='20'", ["synthesis.steps", '"20"', "integer"]),
+    ("synthesis.steps=20.5", ["synthesis.steps", "20.5", "integer"]),
+    ("guidance.rho='0.2'", ["guidance.rho", '"0.2"', "number"]),
+    ("guidance.window=[false,true]", ["guidance.window.0", "false", "number"]),
+    ("teacher.mean=[true]", ["teacher.mean.0", "true", "number"]),
+    ("guidance.window=[0.95,0.99]", ["guidance.window", "none of the 12 steps"]),
+    ("guidance.rho=0", ["guidance.rho", "guidance.mode=none"]),
+    ("distillation.warmup_steps=1500", ["distillation.warmup_steps", "1500"]),
+    ("evaluation=null", ["evaluation", "null"]),
     ("steps", ["steps: an override is key=value"]),
     ("=3", ["an override is key=value"]),
     ("seed.x=3", ["seed.x=3", "seed is a value"]),
@@ -102,6 +111,9 @@ def test_bad_override_is_one_line_that_names_the_field(override: str, words: lis
         ),
         (["cutmix.every=2", "synthesis.batch_size=1"], "cutmix.every"),
         (["rounds=20", "distillation.steps=10"], "rounds"),
+        (["rounds=4", "distillation.holdout=150"], "distillation.holdout"),
+        (["cutmix.every=2", "cutmix.probability=0"], "cutmix.probability"),
+        (["evaluation.images=x", "evaluation=null"], "evaluation"),
     ],
 )
 def test_impossible_combination(overrides: list[str], field: str) -> None:
@@ -219,3 +231,15 @@ def test_nothing_heavy_is_imported() -> None:
     code = f"import sys, diffdfkd.engine.recipe; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_overrides_of_prompt_and_prior_are_taken_as_written() -> None:
+    assert load_recipe(MINIMAL, ["synthesis.prompt="]).synthesis.prompt == ""
+    assert load_recipe(MINIMAL, ["synthesis.prompt=null {}"]).synthesis.prompt == "null {}"
+    prior = load_recipe(MINIMAL, ["prior={path: some/where, dtype: bfloat16}"]).prior
+    assert (prior.path, prior.dtype) == ("some/where", "bfloat16")
+
+
+def test_whole_numbers_serve_where_a_fraction_is_meant() -> None:
+    recipe = load_recipe(MINIMAL, ["guidance.window=[0,1]", "guidance.class_weight=1", "teacher.std=[1]"])
+    assert (recipe.guidance.window, recipe.guidance.class_weight, recipe.teacher.std) == ((0.0, 1.0), 1.0, [1.0])

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffdfkd.engine.combinations import guided_steps
 from diffdfkd.engine.cutmix import plan_cutmix
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import CutMixRecipe, GuidanceRecipe
-from diffdfkd.engine.sampler import guided_steps, sample
+from diffdfkd.engine.sampler import sample
 from diffdfkd.engine.schedule import Table, make_table
 from diffdfkd.engine.stages import Gradient, guidance_chain
 from diffdfkd.engine.taps import BatchNormTaps

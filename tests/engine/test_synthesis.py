@@ -9,6 +9,7 @@ from torch import nn
 
 from diffdfkd.engine import painter, plan, shards
 from diffdfkd.engine.classifier import Classifier, Preprocessing
+from diffdfkd.engine.combinations import round_samples
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.journal import Journal, read_journal
 from diffdfkd.engine.painter import Models, Painter
@@ -308,12 +309,12 @@ def test_labels_are_balanced_mixed_and_the_same_in_any_batch():
 
 def test_rounds_share_the_images_out(make):
     recipe = make("rounds=3", "synthesis.images_per_class=4", "distillation.steps=3")
-    sizes = [plan.round_samples(recipe, round) for round in range(3)]
+    sizes = [round_samples(recipe, round) for round in range(3)]
     assert sum(sizes) == 12 and all(size % len(CLASSES) == 0 for size in sizes) and max(sizes) - min(sizes) <= 3
     shards_of_round = plan.shard_plan(recipe, 2)
     assert sum(shard.samples for shard in shards_of_round) == sizes[2]
     few = make("rounds=5", "synthesis.images_per_class=2", "distillation.steps=5")
-    assert sorted(plan.round_samples(few, round) for round in range(5)) == [1, 1, 1, 1, 2]
+    assert sorted(round_samples(few, round) for round in range(5)) == [1, 1, 1, 1, 2]
 
 
 def test_cutmix_saves_soft_labels_and_parents(make, models, tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffdfkd.recipes import pretrain_prior
+from diffdfkd.recipes import pretrain_prior, render_icons
 
 FOLDER = Path(pretrain_prior.__file__).resolve().parent / "assets" / "fashion" / "prior"
 
@@ -34,3 +34,13 @@ def test_it_is_small_and_has_a_card() -> None:
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert "license: apache-2.0" in card
     assert "ICONS.md" in card
+
+
+def test_its_card_the_attribution_and_the_docs_tell_of_the_same_icons() -> None:
+    glyphs = render_icons.load_glyphs()
+    images = len(render_icons.plan_images(glyphs, render_icons.VARIANTS, seed=0))
+    assert f"**Data.** {images:,} images" in (FOLDER / "README.md").read_text(encoding="utf-8")
+    for file in (FOLDER.parent / "ICONS.md", FOLDER.parents[3] / "docs" / "demo.md"):
+        text = file.read_text(encoding="utf-8")
+        assert f"{images:,}" in text
+        assert f"{len(glyphs.words)} icons" in text

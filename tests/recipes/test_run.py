@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from diffdfkd.engine.accounts import accounts
+from diffdfkd.engine.classifier import digest
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.journal import read_journal
 from diffdfkd.engine.recipe import load_recipe
@@ -55,6 +56,20 @@ try:
 except SystemExit as leaving:
     assert not leaving.code
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")][0])
+"""
+
+
+TUPLE_STUDENT = """
+import torch
+class Student(torch.nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(1, classes, 28)
+    def forward(self, images):
+        logits = self.layer(images).flatten(1)
+        return (logits, logits) if self.training else logits
+def factory(classes):
+    return Student(classes)
 """
 
 
@@ -133,6 +148,14 @@ def test_what_is_lost_is_made_again(
     assert accounts(read_journal(copy / "metrics.jsonl")).sessions == 2
 
 
+def test_lost_manifest_of_a_finished_run_is_written_again(
+    copy: Path, tiny_recipe: Path, finished_run: Finished, made: Made
+) -> None:
+    (copy / "synthetic" / "manifest.jsonl").unlink()
+    again(tiny_recipe, copy)
+    assert made(copy) == made(finished_run[0])
+
+
 def test_damaged_shard_is_found_in_a_finished_run(
     copy: Path, tiny_recipe: Path, finished_run: Finished, made: Made
 ) -> None:
@@ -169,6 +192,7 @@ def test_killed_at_ten_random_moments(tmp_path: Path, tiny_recipe: Path, finishe
     subprocess.run([*command, f"output={tmp_path / 'whole'}"], check=True, capture_output=True)
     whole = time.perf_counter() - started
     kills = 0
+    reached: set[str] = set()
     while kills < 10:
         folder = tmp_path / f"killed-{kills}"
         process = subprocess.Popen([*command, f"output={folder}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -178,9 +202,13 @@ def test_killed_at_ten_random_moments(tmp_path: Path, tiny_recipe: Path, finishe
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        journal = folder / "metrics.jsonl"
+        reached |= {row["event"] for row in read_journal(journal)} if journal.is_file() else set()
         again(tiny_recipe, folder)
         assert made(folder) == made(finished_run[0])
         kills += 1
+    # Not all of them fell into the imports.
+    assert {"shard", "distill"} <= reached, reached
 
 
 @pytest.mark.slow
@@ -230,13 +258,14 @@ def test_other_weights_under_the_same_path_are_refused(
     copy: Path, tiny_recipe: Path, tiny_prior: Path, tmp_path: Path
 ) -> None:
     prior = Path(shutil.copytree(tiny_prior, tmp_path / "prior"))
+    (prior / "scheduler" / "scheduler_config.json").open("a").write(" ")
     with pytest.raises(UserError, match=r"^prior\.path: the files at .* are not those"):
-        (prior / "README.md").write_text("changed")
         again(tiny_recipe, copy, f"prior={prior}")
 
 
 def test_moved_weights_are_recognised(copy: Path, tiny_recipe: Path, tiny_prior: Path, tmp_path: Path) -> None:
     prior = Path(shutil.copytree(tiny_prior, tmp_path / "elsewhere"))
+    (prior / "README.md").write_text("another card")
     again(tiny_recipe, copy, f"prior={prior}")
 
 
@@ -345,6 +374,44 @@ def test_images_may_grow_in_one_round(
     assert made(tmp_path / "at-once") == made(folder)
     with pytest.raises(UserError, match=r"^synthesis\.images_per_class: "):
         again(tiny_recipe, folder, "rounds=1", "guidance.adversarial_weight=0", "synthesis.images_per_class=5")
+    # The student of fewer images is kept.
+    kept = json.loads((folder / "superseded" / "001" / "result.json").read_text())
+    assert kept["images"] == 20
+    assert kept["student_sha256"] == digest(folder / "superseded" / "001" / "student" / "student.safetensors")
+
+
+def test_distillation_may_be_mended_until_there_is_a_student(tiny_recipe: Path, tmp_path: Path) -> None:
+    folder, one = tmp_path / "run", ["rounds=1", "guidance.adversarial_weight=0"]
+    with pytest.raises(UserError, match=r"^distillation\.learning_rate: the loss is (nan|inf).*lower the rate"):
+        again(tiny_recipe, folder, *one, "distillation.learning_rate=1e38", "distillation.optimizer=sgd")
+    shards = {path.name: path.stat().st_mtime_ns for path in folder.glob("synthetic/round-000/*.tar")}
+    mended = again(tiny_recipe, folder, *one)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("synthetic/round-000/*.tar")} == shards
+    assert mended["student_sha256"] == again(tiny_recipe, tmp_path / "afresh", *one)["student_sha256"]
+    with pytest.raises(UserError, match=r"^distillation\.temperature: .*distill RECIPE --images .*temperature=9"):
+        again(tiny_recipe, folder, *one, "distillation.temperature=9.0")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["synthesis.steps=2000"], r"^synthesis\.steps: got 2000; the ddim schedule"),
+        (["distillation.deepspeed.zero_optimization.stge=1"], r"^distillation\.deepspeed: DeepSpeed refuses it"),
+        (
+            ["student.architecture=tests_tuple_student:factory", "student.options={}"],
+            r"^student\.architecture: gives tuple in train mode",
+        ),
+    ],
+)
+def test_what_only_the_models_can_tell_is_said_before_an_image_is_made(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], message: str
+) -> None:
+    (tmp_path / "tests_tuple_student.py").write_text(TUPLE_STUDENT)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        again(tiny_recipe, tmp_path / "run", *settings)
+    assert not (tmp_path / "run" / "synthetic").exists()
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 
 def test_distill_needs_all_shards(tiny_recipe: Path, copy: Path, tmp_path: Path) -> None:

@@ -1,0 +1,140 @@
+"""Which fields of a recipe do not go together, and which steps of a trajectory are guided: plain arithmetic.
+
+Nothing heavy is imported here, so that a mistake in a recipe costs a second.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from diffdfkd.engine.errors import UserError
+
+if TYPE_CHECKING:
+    from diffdfkd.engine.recipe import GuidanceRecipe, Recipe
+
+
+def guided_steps(guidance: "GuidanceRecipe", steps: int) -> list[bool]:
+    """Per step, whether it is guided: each ``every``-th of those that begin inside the window.
+
+    Raises UserError where guidance is on but the window holds the beginning of no step.
+    """
+    if guidance.mode == "none":
+        return [False] * steps
+    # Rounded, so that 0.07 of 100 steps is 7.
+    start, end = (round(edge * steps, 9) for edge in guidance.window)
+    inside = [step for step in range(steps) if start <= step < end]
+    if not inside:
+        raise UserError(
+            f"guidance.window: {list(guidance.window)} holds none of the {steps} steps, which begin at multiples of "
+            f"{1 / steps:.3g}; widen it, or set guidance.mode=none"
+        )
+    chosen = set(inside[:: guidance.every])
+    return [step in chosen for step in range(steps)]
+
+
+def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
+    """Combinations that no field can refuse alone, as (field, what is wrong and the cure)."""
+    teacher, synthesis, guidance, cutmix = recipe.teacher, recipe.synthesis, recipe.guidance, recipe.cutmix
+    if len(teacher.classes) < 2:
+        yield "teacher.classes", f"got {len(teacher.classes)} class name(s); a classifier has two or more"
+    if len(set(teacher.classes)) < len(teacher.classes):
+        yield "teacher.classes", "two classes have the same name; make them distinct"
+    for name in ("mean", "std"):
+        values = getattr(teacher, name)
+        if len(values) not in (1, teacher.channels):
+            yield f"teacher.{name}", f"got {len(values)} numbers for {teacher.channels} channel(s); give 1 or one each"
+        if any(not math.isfinite(value) for value in values):
+            yield f"teacher.{name}", f"got {values}; finite numbers only"
+    if synthesis.words is not None and len(synthesis.words) != len(teacher.classes):
+        yield "synthesis.words", f"got {len(synthesis.words)} words for {len(teacher.classes)} classes; give one each"
+    if guidance.mode != "none":
+        guided_steps(guidance, synthesis.steps)
+        if guidance.rho == 0:
+            yield "guidance.rho", "got 0, so that each gradient would be paid for and not used; set guidance.mode=none"
+        if guidance.rho_rule == "cfg" and synthesis.guidance_scale == 1:
+            yield (
+                "guidance.rho_rule",
+                "cfg needs classifier-free guidance, but synthesis.guidance_scale is 1; take unit or raw, "
+                "or another scale",
+            )
+        if guidance.class_weight == guidance.batchnorm_weight == guidance.adversarial_weight == 0:
+            yield "guidance", "all weights are 0; set one above 0, or guidance.mode=none"
+        elif guidance.class_weight == guidance.batchnorm_weight == 0:
+            yield (
+                "guidance",
+                "class_weight and batchnorm_weight are 0, so nothing guides the first round, which has no student; "
+                "set one of them above 0",
+            )
+        if guidance.adversarial_weight > 0 and recipe.rounds == 1:
+            yield (
+                "guidance.adversarial_weight",
+                f"got {guidance.adversarial_weight}, but with rounds=1 no student exists during synthesis; "
+                "set rounds to 2 or more, or the weight to 0",
+            )
+    if cutmix.every and cutmix.probability == 0:
+        yield "cutmix.probability", "got 0, so that nothing would ever be mixed; raise it, or set cutmix.every=0"
+    if cutmix.every and synthesis.batch_size < 2:
+        yield "cutmix.every", "CutMix needs a partner, but synthesis.batch_size is 1; raise it, or set cutmix.every=0"
+    elif cutmix.every and cutmix.partner == "within":
+        yield from _no_partner_within(recipe)
+    if cutmix.every >= synthesis.steps:
+        yield (
+            "cutmix.every",
+            f"got {cutmix.every} with synthesis.steps={synthesis.steps}: a mix needs a later step to repair its seam; "
+            f"set it to {synthesis.steps - 1} or less, or to 0",
+        )
+    images = synthesis.images_per_class * len(teacher.classes)
+    if recipe.rounds > images:
+        yield "rounds", f"got {recipe.rounds} for {images} images; at most one round per image"
+    if recipe.rounds > recipe.distillation.steps:
+        yield "rounds", f"got {recipe.rounds} for {recipe.distillation.steps} distillation steps; at most one per step"
+    yield from _no_image_left(recipe)
+    warmup, steps = recipe.distillation.warmup_steps, recipe.distillation.steps
+    if warmup >= steps:
+        yield (
+            "distillation.warmup_steps",
+            f"got {warmup} of distillation.steps={steps}: the rate would never arrive; leave steps after it",
+        )
+    if recipe.evaluation.labels and not recipe.evaluation.images:
+        yield "evaluation.labels", "given without evaluation.images; give both, or a folder with one sub-folder a class"
+
+
+def round_samples(recipe: "Recipe", round: int) -> int:
+    """The run's images are dealt out to the rounds evenly, in whole sets of classes where each round can have one."""
+    classes, per_class = len(recipe.teacher.classes), recipe.synthesis.images_per_class
+    unit = classes if per_class >= recipe.rounds else 1
+    units = classes * per_class // unit
+    return unit * (units * (round + 1) // recipe.rounds - units * round // recipe.rounds)
+
+
+def _no_image_left(recipe: "Recipe") -> Iterable[tuple[str, str]]:
+    holdout, images = recipe.distillation.holdout, round_samples(recipe, 0)
+    if holdout >= images:
+        where = "" if recipe.rounds == 1 else " of the first round"
+        yield "distillation.holdout", f"got {holdout} of {images} images{where}; leave some to train on"
+
+
+def _no_partner_within(recipe: "Recipe") -> Iterable[tuple[str, str]]:
+    """Where no batch can hold a class twice, so that CutMix within a class would silently never mix.
+
+    Each block of K samples of a round holds each of the K classes once: a class can come twice only in a batch that
+    reaches over the end of a block.
+    """
+    classes, batch, per_class = (
+        len(recipe.teacher.classes),
+        recipe.synthesis.batch_size,
+        recipe.synthesis.images_per_class,
+    )
+    cure = "or take cutmix.partner=across or any"
+    if classes % batch == 0:
+        yield (
+            "cutmix.partner",
+            f"within finds no partner: with synthesis.batch_size={batch} no batch holds one of the {classes} classes "
+            f"twice; raise synthesis.batch_size above {classes}, {cure}",
+        )
+    elif per_class <= recipe.rounds:
+        yield (
+            "cutmix.partner",
+            f"within finds no partner: synthesis.images_per_class={per_class} over rounds={recipe.rounds} is at most "
+            f"one image of a class a round; raise synthesis.images_per_class above {recipe.rounds}, {cure}",
+        )
