@@ -1,13 +1,10 @@
 """Labelled images from disk by index: IDX files, class folders, WebDataset tars (our own shards and strangers')."""
 
-import json
 import os
 import re
-import tarfile
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,10 +14,7 @@ from torch import Tensor
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.idx import read_idx
 from diffdfkd.engine.pixels import SUFFIXES, Channels, Decoder, stack
-
-UNLABELLED = -1
-"""Label of an image whose source gives none; good for distillation, refused by evaluation."""
-OPEN_FILES = 16
+from diffdfkd.engine.tar_images import UNLABELLED, TarImages, check_label
 
 
 class Images(Protocol):
@@ -44,27 +38,79 @@ def open_images(
     classes: Sequence[str] | None = None,
     size: int | None = None,
     interpolation: str = "bilinear",
+    labelled: bool = True,
 ) -> "IdxImages | FolderImages | TarImages":
     """Images of an IDX file, a folder with one sub-folder a class, a flat folder, a tar, or a folder of tars.
 
     `channels` converts (grey is replicated, colour becomes luma); without it the first image decides. `classes`
     gives the order of named sub-folders, and the labels' range. `size` resizes images of another height or width,
-    antialiased; without it all images must be of one size. Raises UserError that names the file.
+    antialiased; without it all images must be of one size. Without `labelled` labels are neither read nor checked:
+    all are UNLABELLED, and folders may have any names and depth. Raises UserError that names the file.
     """
     path = Path(path)
     if path.is_dir():
         if labels is not None:
             raise UserError(f"{labels}: a labels file belongs to an IDX file, but {path} is a folder; set it to null")
-        if tars := sorted(path.rglob("*.tar")):
-            return TarImages(tars, channels=channels, classes=classes, size=size, interpolation=interpolation)
-        return FolderImages(path, channels=channels, classes=classes, size=size, interpolation=interpolation)
+        names = source_files(path)
+        if tars := [path / name for name in names if _is_tar(name)]:
+            if len(tars) < len(names):
+                raise _mixed(path, names)
+            return TarImages(
+                tars, channels=channels, classes=classes, size=size, interpolation=interpolation, labelled=labelled
+            )
+        return FolderImages(
+            path, names, channels=channels, classes=classes, size=size, interpolation=interpolation, labelled=labelled
+        )
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz|zip)$", path.name.lower()):
         raise UserError(f"{path}: a packed archive, in which no image can be read alone; unpack it first")
-    if path.suffix == ".tar":
-        return TarImages([path], channels=channels, classes=classes, size=size, interpolation=interpolation)
-    return IdxImages(path, labels, channels=channels, classes=classes, size=size, interpolation=interpolation)
+    if _is_tar(path.name):
+        return TarImages(
+            [path], channels=channels, classes=classes, size=size, interpolation=interpolation, labelled=labelled
+        )
+    return IdxImages(
+        path, labels, channels=channels, classes=classes, size=size, interpolation=interpolation, labelled=labelled
+    )
+
+
+def source_files(path: Path) -> list[str]:
+    """Names of the tars and image files at any depth of a folder, relative to it and sorted; hidden ones left out.
+
+    Links to folders are followed, but no folder is entered twice. Raises UserError for one that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); let it be read, or take it away")
+
+    names: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, files in os.walk(path, onerror=refuse, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+        prefix = "" if folder == str(path) else f"{os.path.relpath(folder, path)}/"
+        names += [
+            prefix + name
+            for name in files
+            if name[0] != "." and os.path.splitext(name)[1].lower() in (".tar", *SUFFIXES)
+        ]
+    return sorted(names)
+
+
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar")
+
+
+def _mixed(path: Path, names: list[str]) -> UserError:
+    tars, files = [name for name in names if _is_tar(name)], [name for name in names if not _is_tar(name)]
+    home = os.path.commonpath([os.path.dirname(name) for name in tars])
+    apart = home and not any(name.startswith(f"{home}/") for name in files)
+    cure = f"give {path / home} for the tars alone" if apart else "give a folder of the ones or of the others alone"
+    return UserError(f"{path}: holds tars ({tars[0]}) and loose image files ({files[0]}); {cure}")
 
 
 class IdxImages:
@@ -79,8 +125,9 @@ class IdxImages:
         classes: Sequence[str] | None = None,
         size: int | None = None,
         interpolation: str = "bilinear",
+        labelled: bool = True,
     ) -> None:
-        if labels is None:
+        if labels is None and labelled:
             companion = path.name.replace("images-idx3", "labels-idx1").replace("images.idx3", "labels.idx1")
             labels = path.with_name(companion)
             if companion == path.name or not labels.is_file():
@@ -88,19 +135,21 @@ class IdxImages:
         self.classes = None if classes is None else list(classes)
         self._decoder = Decoder(channels or 1, size, interpolation)
         self._pixels = read_idx(path, 3)
-        self._labels = read_idx(labels, 1)
-        if len(self._pixels) != len(self._labels):
-            raise UserError(f"{labels}: {len(self._labels)} labels for the {len(self._pixels)} images of {path}")
-        if len(self._labels):
-            _check_label(int(self._labels.max()), self.classes, str(labels))
+        self._labels = np.full(len(self._pixels), UNLABELLED)
+        if labelled and labels is not None:
+            self._labels = read_idx(labels, 1)
+            if len(self._pixels) != len(self._labels):
+                raise UserError(f"{labels}: {len(self._labels)} labels for the {len(self._pixels)} images of {path}")
+            if len(self._labels):
+                check_label(int(self._labels.max()), self.classes, str(labels))
         self._path = path
 
     def __len__(self) -> int:
         return len(self._pixels)
 
     def first_unlabelled(self) -> int | None:
-        """Index of the first image without a label: there is none."""
-        return None
+        """Index of the first image without a label; None where all have one."""
+        return 0 if len(self._labels) and self._labels[0] == UNLABELLED else None  # all have one, or none has
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         chosen = np.asarray(indices, dtype=np.int64)
@@ -124,49 +173,63 @@ class FolderImages:
     def __init__(
         self,
         path: Path,
+        names: list[str],
         *,
         channels: Channels | None = None,
         classes: Sequence[str] | None = None,
         size: int | None = None,
         interpolation: str = "bilinear",
+        labelled: bool = True,
     ) -> None:
-        folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        labels: list[int] = []
-        self._files: list[Path] = []
+        """Of the image files that `source_files` found in the folder."""
         self.classes = None if classes is None else list(classes)
-        if folders:
-            order, self.classes = _class_order([folder.name for folder in folders], self.classes, path)
-            for folder, label in sorted(zip(folders, order, strict=True), key=lambda pair: pair[1]):
-                files = _image_files(folder)
-                if not files:
-                    raise UserError(f"{folder}: a class folder without images; {', '.join(SUFFIXES)} are read")
-                self._files += files
-                labels += [label] * len(files)
-        else:
-            self._files = _image_files(path)
-            labels = [UNLABELLED] * len(self._files)
-            if not self._files:
-                raise UserError(f"{path}: holds no class folders, no tars and no images ({', '.join(SUFFIXES)})")
-        self._labels = np.asarray(labels, dtype=np.int64)
+        self._path = path
+        # Text, since a million paths would take a gigabyte.
+        self._names = names
+        self._labels = np.full(len(names), UNLABELLED)
+        folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
+        if labelled and folders:
+            self._label(folders)
+        if not self._names:
+            raise UserError(f"{path}: holds no class folders, no tars and no images ({', '.join(SUFFIXES)})")
         self._decoder = Decoder(channels, size, interpolation)
-        self._decoder.settle(self._files[0].read_bytes(), str(self._files[0]))
+        self._decoder.settle(self._bytes(0), str(path / self._names[0]))
+
+    def _label(self, folders: list[str]) -> None:
+        """Label all images by the folder they are in, and sort them by label."""
+        if loose := [name for name in self._names if "/" not in name]:
+            raise UserError(
+                f"{self._path}: holds class folders ({folders[0]}) and loose images ({loose[0]}), which have no label; "
+                "move the loose ones into their class folders, or out of it"
+            )
+        order, self.classes = _class_order(folders, self.classes, self._path)
+        labels = dict(zip(folders, order, strict=True))
+        owners = [name.partition("/")[0] for name in self._names]
+        if empty := sorted(set(folders).difference(owners)):
+            raise UserError(f"{self._path / empty[0]}: a class folder without images; {', '.join(SUFFIXES)} are read")
+        self._labels = np.asarray([labels[owner] for owner in owners], dtype=np.int64)
+        places = np.argsort(self._labels, kind="stable")
+        self._names = [self._names[place] for place in places]
+        self._labels = self._labels[places]
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._names)
 
     def first_unlabelled(self) -> int | None:
         """Index of the first image without a label; None where all have one."""
-        return 0 if self._labels[0] == UNLABELLED else None  # a folder is flat or it is not
+        return 0 if self._labels[0] == UNLABELLED else None  # all have one, or none has
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        files = [self._files[index] for index in indices]
-        names = [str(file) for file in files]
-        arrays = [self._decoder.decode(file.read_bytes(), name) for file, name in zip(files, names, strict=True)]
+        names = [str(self._path / self._names[index]) for index in indices]
+        arrays = [self._decoder.decode(self._bytes(index), name) for index, name in zip(indices, names, strict=True)]
         return stack(arrays, names), torch.from_numpy(self._labels[np.asarray(indices, dtype=np.int64)])
 
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
+    def _bytes(self, index: int) -> bytes:
+        file = self._path / self._names[index]
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror}); put it back, or take it away") from None
 
 
 def _plain(name: str) -> str:
@@ -212,107 +275,3 @@ def _misnumbered(folders: list[str], numbers: list[int], count: int, path: Path)
     return UserError(
         f"{path}: {'; '.join(problems)}; number the {count} folders from 0, or name them like teacher.classes"
     )
-
-
-class TarImages:
-    """WebDataset tars: an image and a ``.json`` with "class" (number or name), or a ``.cls``, of the same key.
-
-    The index of offsets is made once by scanning the headers; images are decoded when they are read. A sample
-    without a label is UNLABELLED.
-    """
-
-    def __init__(
-        self,
-        tars: Sequence[Path],
-        *,
-        channels: Channels | None = None,
-        classes: Sequence[str] | None = None,
-        size: int | None = None,
-        interpolation: str = "bilinear",
-    ) -> None:
-        self.classes = None if classes is None else list(classes)
-        self._tars = list(tars)
-        self._files: OrderedDict[int, BinaryIO] = OrderedDict()
-        # A row a sample: tar, offset and length of the image, offset and length of the label (0 without), is it JSON.
-        # Packed tar by tar: as Python's numbers a million samples would take 300 MB.
-        rows = [np.asarray([(number, *sample) for sample in _scan(tar)], np.int64) for number, tar in enumerate(tars)]
-        self._rows = np.concatenate([part.reshape(-1, 6) for part in rows])
-        if not len(self._rows):
-            raise UserError(f"{tars[0]}: {len(tars)} tar file(s) without an image ({', '.join(SUFFIXES)})")
-        self._decoder = Decoder(channels, size, interpolation)
-        self._decoder.settle(self._bytes(*self._rows[0, :3]), self._name(0))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def first_unlabelled(self) -> int | None:
-        """Index of the first image without a label; None where all have one. All labels are read and checked."""
-        indices = range(len(self))
-        return next((index for index in indices if self._label(index, self._name(index)) == UNLABELLED), None)
-
-    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        names = [self._name(index) for index in indices]
-        contents = [self._bytes(*self._rows[index, :3]) for index in indices]
-        arrays = [self._decoder.decode(content, name) for content, name in zip(contents, names, strict=True)]
-        labels = [self._label(index, name) for index, name in zip(indices, names, strict=True)]
-        return stack(arrays, names), torch.tensor(labels, dtype=torch.int64)
-
-    def close(self) -> None:
-        """Close the tars; a later read opens them again."""
-        while self._files:
-            self._files.popitem()[1].close()
-
-    def _bytes(self, number: int, offset: int, length: int) -> bytes:
-        file = self._files.pop(number, None) or self._tars[number].open("rb")
-        self._files[number] = file
-        if len(self._files) > OPEN_FILES:
-            self._files.popitem(last=False)[1].close()
-        # pread leaves no position behind, so that forked readers may share the file.
-        return os.pread(file.fileno(), int(length), int(offset))
-
-    def _name(self, index: int) -> str:
-        number = self._rows[index, 0]
-        return f"{self._tars[number]}, sample {index - int(np.searchsorted(self._rows[:, 0], number))}"
-
-    def _label(self, index: int, name: str) -> int:
-        number, _, _, offset, length, is_json = (int(value) for value in self._rows[index])
-        if length == 0:
-            return UNLABELLED
-        content = self._bytes(number, offset, length)
-        try:
-            given = json.loads(content).get("class", UNLABELLED) if is_json else int(content)
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{name}: unreadable label ({error}); .json with a class, or .cls") from None
-        if isinstance(given, str) and self.classes is not None and given in self.classes:
-            return self.classes.index(given)
-        if isinstance(given, bool) or not isinstance(given, int):
-            raise UserError(f"{name}: class {given!r} is neither a number nor one of the classes")
-        return given if given == UNLABELLED else _check_label(given, self.classes, name)
-
-
-def _scan(path: Path) -> list[tuple[int, int, int, int, bool]]:
-    """(image offset, length, label offset, length, label is JSON) of each sample, in the order of the tar."""
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, tuple[int, int, bool]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, name = os.path.split(member.name)
-                stem, _, extension = name.partition(".")
-                key, place = os.path.join(folder, stem), (member.offset_data, member.size)
-                if not member.isreg() or not stem:
-                    continue
-                if f".{extension.lower()}" in SUFFIXES:
-                    images.setdefault(key, place)
-                elif extension in ("json", "cls") and (extension == "cls" or key not in labels):
-                    labels[key] = (*place, extension == "json")
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path}: not a whole, uncompressed tar file: {error}") from None
-    return [(*place, *labels.get(key, (0, 0, False))) for key, place in images.items()]
-
-
-def _check_label(label: int, classes: list[str] | None, name: str) -> int:
-    if label < 0 or (classes is not None and label >= len(classes)):
-        allowed = f"0 to {len(classes) - 1}" if classes is not None else "0 or above"
-        raise UserError(f"{name}: label {label} is outside the classes; allowed: {allowed}")
-    return label

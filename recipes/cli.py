@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 an unexpected error with its traceback, 2 bad input, 130 interrupted.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -112,7 +113,7 @@ def distill(
     overrides: Overrides = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder of images, with one sub-folder a class, or of WebDataset .tar shards, or one .tar."),
+        typer.Option(help="Any folder of images, sub-folders included, or of WebDataset .tar shards, or one .tar."),
     ] = None,
 ) -> None:
     """Only the student, from images that exist.
@@ -121,9 +122,10 @@ def distill(
       diffdfkd distill fashion output=runs/fashion
       diffdfkd distill fashion --images ~/my-images output=runs/mine distillation.steps=3000
       torchrun --nproc-per-node 2 -m diffdfkd.recipes.cli distill fashion output=runs/two
+      deepspeed --num_gpus 2 --module diffdfkd.recipes.cli distill fashion output=runs/two
 
     Without --images the shards in output/synthetic are taken: give the same key=value as synthesize. Labels are
-    not used: the teacher's soft labels are.
+    not used, of whatever form: the teacher's soft labels are. On a CPU --num_gpus is the number of processes.
     Writes output/student/student.safetensors, result.json and report.html; continues from its checkpoints.
     """
     resolved = load_recipe(recipe, overrides or ())
@@ -183,7 +185,7 @@ def report(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; leaves the process with the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = _own(sys.argv[1:] if arguments is None else arguments)
     # Taken from any place, since one types it after a command has failed.
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
@@ -204,6 +206,20 @@ def main(arguments: list[str] | None = None) -> None:
     if code == 130:
         print("interrupted; the same command resumes", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _own(arguments: list[str]) -> list[str]:
+    """Without the ``--local_rank=N`` that the DeepSpeed launcher puts in; LOCAL_RANK in the environment says it too."""
+    if "RANK" not in os.environ:
+        return arguments
+    own = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ("--local_rank", "--local-rank"):
+            next(rest, None)
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            own.append(argument)
+    return own
 
 
 def _hush() -> None:

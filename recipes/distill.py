@@ -2,9 +2,11 @@
 
 diffdfkd distill fashion --images my-images output=runs/mine
 torchrun --nproc-per-node 2 -m diffdfkd.recipes.cli distill fashion output=runs/two
+deepspeed --num_gpus 2 --module diffdfkd.recipes.cli distill fashion output=runs/two
 """
 
 import hashlib
+import os
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -91,18 +93,23 @@ def own_shards(folder: RunFolder) -> tuple["Images", str]:
 
 
 def foreign_images(recipe: Recipe, path: Path) -> tuple["Images", str]:
-    """Images of any folder or tar, resized to the teacher's input, and a digest of the files.
+    """Images of any folder or tar, resized to the teacher's input, their labels left aside; and a digest of the files.
 
     Of their names, sizes and times of change: to read the content of a large set would take as long as an epoch.
     """
-    from diffdfkd.engine.images import open_images
+    from diffdfkd.engine.images import open_images, source_files
 
     teacher = recipe.teacher
-    with naming("--images"):
-        images = open_images(path, channels=teacher.channels, size=teacher.size, interpolation=teacher.interpolation)
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     sha256 = hashlib.sha256()
-    for file in files:
-        status = file.stat()
-        sha256.update(f"{file.relative_to(path.parent).as_posix()} {status.st_size} {status.st_mtime_ns}\n".encode())
+    with naming("--images"):
+        images = open_images(
+            path, channels=teacher.channels, size=teacher.size, interpolation=teacher.interpolation, labelled=False
+        )
+        for name in source_files(path) if path.is_dir() else [""]:
+            file = path / name
+            try:
+                status = file.stat()
+            except OSError as error:
+                raise UserError(f"{file}: cannot be read ({error.strerror}); put it back, or take it away") from None
+            sha256.update(os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\n"))
     return images, sha256.hexdigest()

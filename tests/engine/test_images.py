@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.images import OPEN_FILES, UNLABELLED, TarImages, open_images
+from diffdfkd.engine.images import TarImages, open_images
+from diffdfkd.engine.tar_images import OPEN_FILES, UNLABELLED
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 9, 9), dtype=np.uint8)
 LABELS = np.array([2, 0, 1, 1, 2], dtype=np.uint8)
@@ -220,6 +221,99 @@ def test_first_image_without_a_label(tmp_path: Path) -> None:
     assert open_images(folder).first_unlabelled() is None
     assert open_images(folder / "0").first_unlabelled() == 0
     assert open_images(write_idx(tmp_path)).first_unlabelled() is None
+
+
+def tones(images, count: int) -> list[int]:  # type: ignore[no-untyped-def]
+    """The first pixel of each of the images, none of which may have a label."""
+    assert len(images) == count and images.first_unlabelled() == 0
+    pixels, labels = images.read(range(count))
+    assert labels.tolist() == [UNLABELLED] * count
+    return pixels[:, 0, 0, 0].tolist()
+
+
+def tone(value: int) -> bytes:
+    return png(np.full((4, 4), value, np.uint8))
+
+
+@pytest.mark.parametrize(
+    "label",
+    [{"json": b'{"class": "no class of ours"}'}, {"cls": b"dog"}, {"json": b"[1]"}, {"json": b"{"}, {"cls": b"99"}],
+)
+def test_labels_that_are_not_asked_for_are_not_read(tmp_path: Path, label: dict[str, bytes]) -> None:
+    members = {"a.png": tone(1), **{f"a.{ending}": content for ending, content in label.items()}}
+    path = write_tar(tmp_path / "set.tar", members)
+    with pytest.raises(UserError, match=r"set.tar, sample 0: "):
+        open_images(path, classes=["cat"]).read([0])
+    assert tones(open_images(path, classes=["cat"], labelled=False), 1) == [1]
+
+
+def test_first_image_of_a_key_is_taken_by_its_last_ending_where_labels_are_not_asked_for(tmp_path: Path) -> None:
+    members = {
+        "x/1.input.png": tone(1),
+        "x/1.target.png": tone(2),
+        "x/1.json": b"[]",
+        "2.PNG": tone(3),
+        "2.mask.png": tone(4),
+        "x/2.note.txt": b"",
+        "x/.2.png": tone(5),
+        "y/1.v2.0.png": tone(6),
+    }
+    assert tones(open_images(write_tar(tmp_path / "set.tar", members), labelled=False), 3) == [1, 3, 6]
+
+
+def test_folders_of_any_depth_are_read_where_labels_are_not_asked_for(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for value, name in enumerate(["b/deep/er/a.PNG", "b/a.png", "a.png", "c/z.png", "b-c/a.png"]):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(tone(value))
+    for name in (".hidden/a.png", "b/.a.png", "notes.txt", "d.png/empty"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"none")
+    (root / "c" / "back").symlink_to(root)
+    assert tones(open_images(root, classes=["x"], labelled=False), 5) == [2, 4, 1, 0, 3]
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "to").symlink_to(root / "b")
+    assert tones(open_images(tmp_path / "linked", labelled=False), 2) == [1, 0]
+
+
+def test_idx_needs_no_labels_where_they_are_not_asked_for(tmp_path: Path) -> None:
+    path = write_idx(tmp_path)
+    assert tones(open_images(path, classes=["a"], labelled=False), 5) == PIXELS[:, 0, 0].tolist()
+    (tmp_path / "t-labels-idx1-ubyte").unlink()
+    assert tones(open_images(path, labelled=False), 5) == PIXELS[:, 0, 0].tolist()
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_tars_and_image_files_in_one_folder_are_refused(tmp_path: Path, labelled: bool) -> None:
+    (tmp_path / "tars" / "x").mkdir(parents=True)
+    write_tar(tmp_path / "tars" / "x" / "set.TAR", {"a.png": tone(1), "a.cls": b"0"})
+    (tmp_path / "b.png").write_bytes(tone(2))
+    words = r": holds tars \(tars/x/set.TAR\) and loose image files \(b.png\); give .*tars/x for the tars alone"
+    with pytest.raises(UserError, match=words):
+        open_images(tmp_path, labelled=labelled)
+    assert len(open_images(tmp_path / "tars", labelled=labelled)) == 1
+    write_tar(tmp_path / "a.tar", {"a.png": tone(1)})
+    with pytest.raises(UserError, match="give a folder of the ones or of the others alone"):
+        open_images(tmp_path, labelled=labelled)
+
+
+def test_class_folders_with_loose_images_beside_them_are_refused(tmp_path: Path) -> None:
+    root = make_folders(tmp_path / "set", ["0", "1"])
+    (root / "1" / "deep").mkdir()
+    (root / "1" / "deep" / "b.png").write_bytes(tone(2))
+    pixels, labels = open_images(root).read(range(3))
+    assert (labels.tolist(), pixels[:, 0, 0, 0].tolist()) == ([0, 1, 1], [0, 1, 2])
+    (root / "a.png").write_bytes(tone(9))
+    with pytest.raises(UserError, match=r"set: holds class folders \(0\) and loose images \(a.png\), which have no"):
+        open_images(root)
+
+
+def test_image_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    root = make_folders(tmp_path / "set", ["0", "1"])
+    images = open_images(root)
+    (root / "1" / "a.png").unlink()
+    with pytest.raises(UserError, match=r"1/a.png: cannot be read \(No such file"):
+        images.read([1])
 
 
 @pytest.mark.parametrize("name", ["set.tar.gz", "set.tgz", "set.TAR.xz", "set.tar.zst", "set.zip"])

@@ -1,9 +1,11 @@
 """The command line: help that teaches, one line and exit code 2 for a mistake, and the commands' own output."""
 
+import io
 import json
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from diffdfkd.engine.recipe import load_recipe
 from diffdfkd.recipes import cli, run_folder
+from diffdfkd.recipes.distill import foreign_images
 
 Finished = tuple[Path, dict[str, Any]]
 COMMANDS = ("run", "synthesize", "distill", "evaluate", "report")
@@ -73,6 +77,16 @@ def test_nothing_heavy_is_imported_for_help() -> None:
 def test_version(call: Call) -> None:
     code, out, _ = call("--version")
     assert code == 0 and out.startswith("diffdfkd 0.")
+
+
+@pytest.mark.parametrize("given", [["--local_rank=1"], ["--local-rank=1"], ["--local_rank", "1"]], ids=" ".join)
+def test_rank_that_a_launcher_puts_in_is_taken_out(
+    call: Call, monkeypatch: pytest.MonkeyPatch, given: list[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    refused(call(*given, "run", "fashon"), "No such option", "rank")
+    monkeypatch.setenv("RANK", "1")
+    refused(call(*given, "run", "fashon"), "fashon: no recipe of this name")
 
 
 @pytest.mark.parametrize(
@@ -146,6 +160,21 @@ def test_mistake_about_images_names_the_option(call: Call, tiny_recipe: Path, tm
     (tmp_path / "real").mkdir()
     outcome = call(*student, "--images", tmp_path / "real", "--labels", tmp_path / "labels")
     refused(outcome, f"--labels: {tmp_path / 'labels'}: a labels file belongs to an IDX file", "null")
+
+
+def test_labels_of_strangers_are_left_aside_by_distill(tiny_recipe: Path, tmp_path: Path) -> None:
+    image = io.BytesIO()
+    Image.new("L", (20, 20), 7).save(image, "PNG")
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for ending, content in (("png", image.getvalue()), ("json", b'{"class": "no class of ours"}')):
+                member = tarfile.TarInfo(f"1.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    images, digest = foreign_images(load_recipe(tiny_recipe), tmp_path)
+    assert images.read([0, 1])[0].shape == (2, 1, 28, 28)
+    (tmp_path / "b.tar").unlink()
+    assert foreign_images(load_recipe(tiny_recipe), tmp_path)[1] != digest
 
 
 @pytest.mark.parametrize("command", ["run", "synthesize"])
