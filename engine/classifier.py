@@ -106,7 +106,10 @@ def build_classifier(
         model = build_model(recipe.architecture, recipe.options, teacher.channels, len(teacher.classes), field=field)
         if recipe.weights is not None:
             load_weights(model, recipe.weights, field=field)
-        check_model(model, teacher.channels, teacher.size, len(teacher.classes), field=field)
+        # A student without a seed is one that exists and is not trained.
+        modes = (False, True) if field == "student" and seed is not None else (False,)
+        for training in modes:
+            check_model(model, teacher.channels, teacher.size, len(teacher.classes), field=field, training=training)
     classifier = Classifier(model, preprocessing, teacher.classes)
     if field == "teacher":
         # The layout in which CPU and GPU convolutions are fastest; nothing flattens a frozen network's parameters.
@@ -191,10 +194,12 @@ def _call(factory: Callable[..., Any], given: dict[str, Any], options: dict[str,
     return model
 
 
-def check_model(model: nn.Module, channels: int, size: int, classes: int, *, field: str) -> None:
+def check_model(
+    model: nn.Module, channels: int, size: int, classes: int, *, field: str, training: bool = False
+) -> None:
     """One forward of two black images; raises UserError unless the result is logits [2,classes].
 
-    Of a student, a second one in train mode, where some networks answer otherwise.
+    In eval mode, or in train mode where some networks answer otherwise. The model is left as it was.
     """
     first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
     if first is not None and first.in_channels != channels:
@@ -202,29 +207,30 @@ def check_model(model: nn.Module, channels: int, size: int, classes: int, *, fie
             f"{field}.architecture: takes {first.in_channels} channel(s), but teacher.channels is {channels}; "
             f"set teacher.channels={first.in_channels} (grey images are replicated, colour becomes luma)"
         )
-    # A copy: a forward in train mode moves BatchNorm's statistics.
-    probes = [copy.deepcopy(model).train(training) for training in ((False, True) if field == "student" else (False,))]
-    for probe in probes:
-        mode = " in train mode" if probe.training else ""
-        try:
-            with torch.no_grad():
-                logits = probe(torch.zeros(2, channels, size, size))
-        except (RuntimeError, ValueError) as error:
-            problem = str(error).splitlines()[0]
-            raise UserError(
-                f"{field}.architecture: fails on a {channels}x{size}x{size} image{mode}: {problem}; take another "
-                "architecture or teacher.size"
-            ) from error
-        if not isinstance(logits, Tensor):
-            raise UserError(
-                f"{field}.architecture: gives {type(logits).__name__}{mode}, not logits; build it without auxiliary "
-                f"heads, as by {field}.options={{aux_logits: false}}, or wrap it in a factory that returns logits"
-            )
-        if logits.shape != (2, classes):
-            raise UserError(
-                f"{field}.architecture: gives {list(logits.shape)} for 2 images{mode}, but teacher.classes names "
-                f"{classes} classes; logits [2, {classes}] are wanted"
-            )
+    before, mode = model.training, " in train mode" if training else ""
+    try:
+        # A forward in train mode moves BatchNorm's statistics.
+        probe = copy.deepcopy(model).train() if training else model.eval()
+        with torch.no_grad():
+            logits = probe(torch.zeros(2, channels, size, size))
+    except (RuntimeError, ValueError) as error:
+        problem = str(error).splitlines()[0]
+        raise UserError(
+            f"{field}.architecture: fails on a {channels}x{size}x{size} image{mode}: {problem}; take another "
+            "architecture or teacher.size"
+        ) from error
+    finally:
+        model.train(before)
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f"{field}.architecture: gives {type(logits).__name__}{mode}, not logits; build it without auxiliary "
+            f"heads, as by {field}.options={{aux_logits: false}}, or wrap it in a factory that returns logits"
+        )
+    if logits.shape != (2, classes):
+        raise UserError(
+            f"{field}.architecture: gives {list(logits.shape)} for 2 images{mode}, but teacher.classes names "
+            f"{classes} classes; logits [2, {classes}] are wanted"
+        )
 
 
 def load_weights(model: nn.Module, path: str | Path, *, field: str) -> None:

@@ -44,7 +44,8 @@ def open_images(
 
     `channels` converts (grey is replicated, colour becomes luma); without it the first image decides. `classes`
     gives the order of named sub-folders, and the labels' range. `size` resizes images of another height or width,
-    antialiased; without it all images must be of one size. Without `labelled` labels are neither read nor checked:
+    antialiased; without it all images must be of one size. Folders inside a class folder belong to it, as in
+    torchvision's ImageFolder. Without `labelled` labels are neither read nor checked:
     all are UNLABELLED, and folders may have any names and depth. Raises UserError that names the file.
     """
     path = Path(path)

@@ -22,8 +22,16 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    # Strict: "20" is no number and true is not 1.
+    # Strict: "20" is no number.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: Any) -> Any:
+        # No field is a switch, and true equals the 1 of a Literal.
+        if isinstance(value, bool):
+            raise ValueError("this field is not a switch; give its value")
+        return value
 
 
 class PriorRecipe(Section):
@@ -118,6 +126,7 @@ OWNED = {
     "train_batch_size": "distillation.batch_size",
     "train_micro_batch_size_per_gpu": "distillation.batch_size",
     "gradient_accumulation_steps": "distillation.batch_size",
+    "managed_gradient_accumulation": "distillation.batch_size",
     "optimizer": "distillation.optimizer",
     "scheduler": "distillation.schedule",
     "fp16": "distillation.dtype",
@@ -132,7 +141,7 @@ OWNED = {
 DEEPSPEED_KEYS = (
     *("activation_checkpointing", "aio", "autotuning", "comet", "comms_logger", "communication_data_type", "compile"),
     *("csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last", "disable_allgather", "disable_python_gc"),
-    *("dump_state", "elasticity", "expert_parallel", "flops_profiler", "gradient_allreduce_op", "gradient_clipping"),
+    *("dump_state", "expert_parallel", "flops_profiler", "gradient_allreduce_op", "gradient_clipping"),
     *("gradient_predivide_factor", "hybrid_engine", "log_level", "memory_breakdown", "pipeline", "prescale_gradients"),
     *("seq_parallel_communication_data_type", "steps_per_print", "tensor_parallel", "tensorboard", "timers"),
     *("use_data_before_expert_parallelism", "wall_clock_breakdown", "wandb", "weight_quantization"),

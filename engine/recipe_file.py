@@ -20,6 +20,15 @@ CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
 PATHS = ("prior.path", "teacher.weights", "student.weights", "evaluation.images", "evaluation.labels")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-3 is a number, which YAML 1.1 reads as a string for want of a dot."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+"), list("+-.0123456789")
+)
+
+
 def read_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Plain content of a recipe, not yet validated; raises UserError for what is no recipe and no override."""
     if isinstance(source, Mapping):
@@ -57,7 +66,7 @@ def find_recipe(source: str | Path) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -108,13 +117,9 @@ def _text(text: str) -> str | None:
 
 def _value(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError:
         return text
-    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
-        # YAML 1.1 reads 1e-3 as a string: a number was meant.
-        return float(value)
-    return value
 
 
 def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:

@@ -1,6 +1,7 @@
 """WebDataset tars by index, our own shards and strangers', and what a label may be."""
 
 import json
+import logging
 import os
 import tarfile
 from collections import OrderedDict
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.pixels import SUFFIXES, Channels, Decoder, stack
+
+log = logging.getLogger(__name__)
 
 UNLABELLED = -1
 """Label of an image whose source gives none; good for distillation, refused by evaluation."""
@@ -111,6 +114,7 @@ def check_label(label: int, classes: list[str] | None, name: str) -> int:
 def _scan(path: Path, labelled: bool) -> list[tuple[int, int, int, int, bool]]:
     """(image offset, length, label offset, length, label is JSON) of each sample, in the order of the tar."""
     images: dict[str, tuple[int, int]] = {}
+    members = 0
     labels: dict[str, tuple[int, int, bool]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -123,8 +127,17 @@ def _scan(path: Path, labelled: bool) -> list[tuple[int, int, int, int, bool]]:
                 kind = extension if labelled else extension.rpartition(".")[2]
                 if f".{kind.lower()}" in SUFFIXES:
                     images.setdefault(key, place)
+                    members += 1
                 elif labelled and extension in ("json", "cls") and (extension == "cls" or key not in labels):
                     labels[key] = (*place, extension == "json")
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path}: not a whole, uncompressed tar file: {error}") from None
+    if members > len(images):
+        log.warning(
+            "%s: %d of its %d images are left out: their names agree with another's up to the first dot, so that they "
+            "are one sample of a WebDataset, of which the first image is taken",
+            path,
+            members - len(images),
+            members,
+        )
     return [(*place, *labels.get(key, (0, 0, False))) for key, place in images.items()]

@@ -81,7 +81,8 @@ def run(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     Killed at any moment, the same command continues and ends with the same student. A folder that holds a run
     of another recipe is refused; evaluation.* may differ, and with rounds=1 synthesis.images_per_class may grow
-    (the student is then trained again).
+    and, until there is a student, distillation.* change (training then begins again, and what it replaces is
+    kept under superseded/).
     """
     resolved = load_recipe(recipe, overrides or ())
     from diffdfkd.recipes.figures import summary
@@ -156,7 +157,8 @@ def evaluate(
       diffdfkd evaluate fashion --student s.safetensors --images my-test-images/ --json figures.json
       diffdfkd evaluate fashion --student s.safetensors --images t10k-images-idx3-ubyte.gz --json figures.json
 
-    Sub-folders are named like the teacher's classes, or numbered from 0 in their order. Writes accuracy,
+    Sub-folders are named like the teacher's classes, or numbered from 0 in their order; what lies deeper belongs
+    to the class folder above it. Writes accuracy,
     per_class, images, calibration_error and, where the recipe names teacher weights, teacher_accuracy and
     agreement; all but the counts are fractions.
     """

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from diffdfkd.engine.errors import UserError, naming
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.recipes.figures import finish, finished, load_student, stage
-from diffdfkd.recipes.run_folder import RunFolder, claim, refuse_launch, versions
+from diffdfkd.recipes.run_folder import RunFolder, claim, launched, machine_threads, refuse_launch, versions
 
 if TYPE_CHECKING:
     from diffdfkd.engine.classifier import Classifier
@@ -215,7 +215,8 @@ def use_device(recipe: Recipe) -> None:
     """Threads and, on a GPU, reproducible convolutions, before the first tensor is computed."""
     import torch
 
-    torch.set_num_threads(recipe.threads or 1)
+    # Several processes of a launch share the cores, whatever one process alone took.
+    torch.set_num_threads(min(recipe.threads or 1, machine_threads()) if launched() else recipe.threads or 1)
     if recipe.device == "cuda":
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False

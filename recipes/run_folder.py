@@ -1,7 +1,9 @@
 """A run's folder: one process at a time, one recipe for good, settled on first use and frozen into ``recipe.yaml``."""
 
+import json
 import logging
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +36,8 @@ class RunFolder:
     """Folder or tar that the student learns from in the place of the run's own shards."""
     grown: bool
     """More images per class are asked for than the folder's recipe says."""
+    mended: bool
+    """Training is asked for otherwise than the folder's recipe says, and has left no student there yet."""
 
     @property
     def snapshot(self) -> Path:
@@ -62,7 +66,7 @@ class RunFolder:
         """
         from diffdfkd.engine.shards import write_atomic
 
-        if self.grown:
+        if self.grown or self.mended:
             self._set_aside()
         file = self.path / "recipe.yaml"
         frozen: dict[str, Any] = {"digests": dict(self.digests), "versions": versions()}
@@ -74,20 +78,24 @@ class RunFolder:
             frozen["digests"] = {**before.get("digests", {}), **frozen["digests"]}
         content = {**dump_recipe(self.recipe), "frozen": frozen}
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
-        write_atomic(file, f"# Written by diffdfkd; `diffdfkd run recipe.yaml output=...` repeats it.\n{text}".encode())
+        command = "run recipe.yaml" if self.images is None else f"distill recipe.yaml --images {self.images}"
+        write_atomic(file, f"# Written by diffdfkd; `diffdfkd {command} output=...` repeats it.\n{text}".encode())
 
     def _set_aside(self) -> None:
-        """The student of fewer images is another student, to be trained again on all of them; this one is kept."""
+        """What was trained on fewer images, or otherwise, is another student: it is kept, and trained again."""
         things = [path for path in (self.path / "student", self.result, self.path / "report.html") if path.exists()]
         if not things:
             return
+        import shutil
+
         kept = self.path / "superseded"
         number = 1 + max((int(path.name) for path in kept.glob("[0-9][0-9][0-9]")), default=0)
         folder = kept / f"{number:03d}"
         folder.mkdir(parents=True)
         for path in things:
             path.rename(folder / path.name)
-        log.warning("the student of fewer images now lies in %s", folder)
+        shutil.copyfile(self.path / "recipe.yaml", folder / "recipe.yaml")
+        log.warning("the student is trained anew; what there was now lies in %s", folder)
 
 
 @contextmanager
@@ -115,7 +123,7 @@ def settle_machine(recipe: Recipe, before: Recipe | None = None) -> Recipe:
     """The recipe with device and threads chosen: as the run began, if it has, or else by what there is."""
     device = recipe.device if recipe.device != "auto" else before.device if before else _device()
     _check_device(device)
-    threads = recipe.threads or (before.threads if before else None) or _threads()
+    threads = recipe.threads or (before.threads if before else None) or machine_threads()
     return recipe.model_copy(update={"device": device, "threads": threads})
 
 
@@ -124,9 +132,14 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def launched() -> bool:
+    """Whether this is one of several processes of a torchrun or DeepSpeed launch."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def refuse_launch(command: str) -> None:
     """UserError where several processes were launched, of which each would make all images."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched():
         raise UserError(
             f"{command}: synthesis is one process; launch `diffdfkd distill` alone with torchrun, not {command}"
         )
@@ -193,7 +206,7 @@ def _settle(recipe: Recipe, folder: Path, prior: bool, images: Path | None) -> R
             raise UserError(f"output: {folder / 'recipe.yaml'}: {error}; or choose another output folder") from None
     settled = _absolute(settle_machine(recipe, before))
     source = None if images is None else str(images.resolve())
-    grown = False
+    grown = mended = False
     if before is not None and frozen is not None:
         if frozen.get("images") != source:
             theirs = frozen.get("images") or "its own synthetic images"
@@ -201,13 +214,24 @@ def _settle(recipe: Recipe, folder: Path, prior: bool, images: Path | None) -> R
                 f"output: {folder} holds a student of {theirs}, this one is to learn from "
                 f"{source or 'synthetic images of its own'}; choose another output folder"
             )
-        _refuse_other(before, settled, frozen.get("digests", {}), digests, folder)
-        grown = settled.synthesis.images_per_class > before.synthesis.images_per_class
-    return RunFolder(settled, folder, digests, source, grown)
+        _refuse_other(before, settled, frozen.get("digests", {}), digests, folder, source)
+        grown = source is None and settled.synthesis.images_per_class > before.synthesis.images_per_class
+        mended = _training(settled) != _training(before)
+    return RunFolder(settled, folder, digests, source, grown, mended)
+
+
+def _training(recipe: Recipe) -> dict[str, Any]:
+    """The fields on which the course of training depends."""
+    return recipe.distillation.model_dump(exclude={"checkpoint_every"})
 
 
 def _refuse_other(
-    before: Recipe, now: Recipe, frozen: Mapping[str, str], digests: Mapping[str, str], folder: Path
+    before: Recipe,
+    now: Recipe,
+    frozen: Mapping[str, str],
+    digests: Mapping[str, str],
+    folder: Path,
+    source: str | None,
 ) -> None:
     """UserError that names the first field in which the folder's recipe differs from this one."""
     theirs, ours = dict(_flat(dump_recipe(before))), dict(_flat(dump_recipe(now)))
@@ -230,8 +254,9 @@ def _refuse_other(
             if not any(folder.glob("student/*.safetensors")):
                 continue  # the images do not depend on it, and no student does yet
             raise UserError(
-                f"{field}: {folder} holds a student with {field}={was}, now it is {now_}; to train another one on its "
-                f"images: diffdfkd distill RECIPE --images {folder / 'synthetic'} output=ANOTHER {field}={now_}"
+                f"{field}: {folder} holds a student with {field}={was}, now it is {now_}; to train another one on the "
+                f"same images: diffdfkd distill RECIPE --images {shlex.quote(source or str(folder / 'synthetic'))} "
+                f"output=ANOTHER {shlex.quote(f'{field}={json.dumps(now_)}')}"
             )
         raise UserError(
             f"{field}: {folder} holds a run with {field}={was}, now it is {now_}; choose another output folder, or "
@@ -303,7 +328,8 @@ def _check_device(device: str) -> None:
         raise UserError("device: cuda is asked for, but torch finds no usable GPU; give device=cpu, in a new output")
 
 
-def _threads() -> int:
+def machine_threads() -> int:
+    """CPU threads that one process may take: the cores, shared out among the processes of a launch."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Of the processes on this machine torchrun gives the first, the DeepSpeed launcher the second.
     processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"

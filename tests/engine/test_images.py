@@ -247,7 +247,9 @@ def test_labels_that_are_not_asked_for_are_not_read(tmp_path: Path, label: dict[
     assert tones(open_images(path, classes=["cat"], labelled=False), 1) == [1]
 
 
-def test_first_image_of_a_key_is_taken_by_its_last_ending_where_labels_are_not_asked_for(tmp_path: Path) -> None:
+def test_first_image_of_a_key_is_taken_by_its_last_ending_where_labels_are_not_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     members = {
         "x/1.input.png": tone(1),
         "x/1.target.png": tone(2),
@@ -259,6 +261,7 @@ def test_first_image_of_a_key_is_taken_by_its_last_ending_where_labels_are_not_a
         "y/1.v2.0.png": tone(6),
     }
     assert tones(open_images(write_tar(tmp_path / "set.tar", members), labelled=False), 3) == [1, 3, 6]
+    assert "2 of its 5 images are left out" in caplog.text
 
 
 def test_folders_of_any_depth_are_read_where_labels_are_not_asked_for(tmp_path: Path) -> None:

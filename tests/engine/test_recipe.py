@@ -37,7 +37,7 @@ BAD = [
     ("synthesis.steps=2.5", ["synthesis.steps", "2.5", "integer"]),
     ("synthesis.batch_size=many", ["synthesis.batch_size", "many", "integer"]),
     ("synthesis.images_per_class=-5", ["synthesis.images_per_class", "-5"]),
-    ("synthesis.images_per_class=true", ["synthesis.images_per_class", "true", "valid integer"]),
+    ("synthesis.images_per_class=true", ["synthesis.images_per_class", "true", "not a switch"]),
     ("synthesis.format=jpeg", ["synthesis.format", "jpeg", "'png'"]),
     ("synthesis.words=[one]", ["synthesis.words", "1 words for 2 classes"]),
     ("synthesis.guidance_scale=.inf", ["synthesis.guidance_scale", "finite"]),
@@ -76,6 +76,9 @@ BAD = [
     ("synthesis.steps='20'", ["synthesis.steps", '"20"', "integer"]),
     ("synthesis.steps=20.5", ["synthesis.steps", "20.5", "integer"]),
     ("guidance.rho='0.2'", ["guidance.rho", '"0.2"', "number"]),
+    ("teacher.channels=true", ["teacher.channels", "true", "not a switch"]),
+    ("distillation.deepspeed.gradient_cliping=1", ["distillation.deepspeed.gradient_cliping", "gradient_clipping?"]),
+    ("distillation.deepspeed.managed_gradient_accumulation=true", ["distillation.deepspeed.managed", "batch_size"]),
     ("guidance.window=[false,true]", ["guidance.window.0", "false", "number"]),
     ("teacher.mean=[true]", ["teacher.mean.0", "true", "number"]),
     ("guidance.window=[0.95,0.99]", ["guidance.window", "none of the 12 steps"]),
@@ -238,6 +241,16 @@ def test_overrides_of_prompt_and_prior_are_taken_as_written() -> None:
     assert load_recipe(MINIMAL, ["synthesis.prompt=null {}"]).synthesis.prompt == "null {}"
     prior = load_recipe(MINIMAL, ["prior={path: some/where, dtype: bfloat16}"]).prior
     assert (prior.path, prior.dtype) == ("some/where", "bfloat16")
+
+
+def test_exponents_are_numbers_in_files_and_within_overrides(tmp_path: Path) -> None:
+    content = {**MINIMAL, "distillation": {"learning_rate": 0.5}}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content).replace("0.5", "2e-3"))
+    assert load_recipe(file).distillation.learning_rate == 2e-3
+    recipe = load_recipe(file, ["distillation={learning_rate: 1e-3}", "teacher.std=[5E-1]", "guidance.rho=.2e0"])
+    assert (recipe.distillation.learning_rate, recipe.teacher.std, recipe.guidance.rho) == (1e-3, [0.5], 0.2)
+    assert load_recipe(file, ["teacher.classes=['1e3', 12e, e5]"]).teacher.classes == ["1e3", "12e", "e5"]
 
 
 def test_whole_numbers_serve_where_a_fraction_is_meant() -> None:

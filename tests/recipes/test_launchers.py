@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffdfkd.recipes.run_folder import _threads
+from diffdfkd.engine.recipe import load_recipe
+from diffdfkd.recipes.run import use_device
+from diffdfkd.recipes.run_folder import machine_threads
 
 LAUNCHERS = {
     "torchrun": ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"),
@@ -71,4 +73,19 @@ def test_processes_of_a_launch_share_the_cores(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert _threads() == threads
+    assert machine_threads() == threads
+
+
+def test_launched_processes_take_their_share_of_a_runs_threads(
+    monkeypatch: pytest.MonkeyPatch, tiny_recipe: Path
+) -> None:
+    recipe = load_recipe(tiny_recipe, ["threads=8"])
+    taken: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", taken.append)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(12))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    use_device(recipe)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    use_device(recipe)
+    assert taken == [8, 3]

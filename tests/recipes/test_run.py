@@ -191,10 +191,11 @@ def test_killed_at_ten_random_moments(tmp_path: Path, tiny_recipe: Path, finishe
     started = time.perf_counter()
     subprocess.run([*command, f"output={tmp_path / 'whole'}"], check=True, capture_output=True)
     whole = time.perf_counter() - started
-    kills = 0
+    kills = attempts = 0
     reached: set[str] = set()
     while kills < 10:
-        folder = tmp_path / f"killed-{kills}"
+        attempts += 1
+        folder = tmp_path / f"attempt-{attempts}"
         process = subprocess.Popen([*command, f"output={folder}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             process.wait(timeout=draw.uniform(0.2, 0.95) * whole)
@@ -380,16 +381,30 @@ def test_images_may_grow_in_one_round(
     assert kept["student_sha256"] == digest(folder / "superseded" / "001" / "student" / "student.safetensors")
 
 
-def test_distillation_may_be_mended_until_there_is_a_student(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_distillation_may_be_mended_until_there_is_a_student(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, one = tmp_path / "run", ["rounds=1", "guidance.adversarial_weight=0"]
     with pytest.raises(UserError, match=r"^distillation\.learning_rate: the loss is (nan|inf).*lower the rate"):
         again(tiny_recipe, folder, *one, "distillation.learning_rate=1e38", "distillation.optimizer=sgd")
     shards = {path.name: path.stat().st_mtime_ns for path in folder.glob("synthetic/round-000/*.tar")}
+    # Mended once more when there are checkpoints: they are kept, too.
+    with pytest.raises(RuntimeError, match="stop here"), monkeypatch.context() as patch:
+        patch.setattr("diffdfkd.recipes.run.save_student", stop)
+        again(tiny_recipe, folder, *one, "distillation.temperature=2.0")
+    assert (folder / "student" / "checkpoints" / "latest").is_file()
     mended = again(tiny_recipe, folder, *one)
+    (kept,) = folder.glob("superseded/*/student/checkpoints/latest")
+    assert load_recipe(kept.parents[2] / "recipe.yaml").distillation.temperature == 2.0
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("synthetic/round-000/*.tar")} == shards
     assert mended["student_sha256"] == again(tiny_recipe, tmp_path / "afresh", *one)["student_sha256"]
     with pytest.raises(UserError, match=r"^distillation\.temperature: .*distill RECIPE --images .*temperature=9"):
         again(tiny_recipe, folder, *one, "distillation.temperature=9.0")
+    assert again(tiny_recipe, folder, *one) == mended
+
+
+def stop(*arguments: object) -> None:
+    raise RuntimeError("stop here")
 
 
 @pytest.mark.parametrize(
