@@ -2,9 +2,9 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -49,6 +49,13 @@ def open_images(
     all are UNLABELLED, and folders may have any names and depth. Raises UserError that names the file.
     """
     path = Path(path)
+    wanted: dict[str, Any] = {
+        "channels": channels,
+        "classes": classes,
+        "size": size,
+        "interpolation": interpolation,
+        "labelled": labelled,
+    }
     if path.is_dir():
         if labels is not None:
             raise UserError(f"{labels}: a labels file belongs to an IDX file, but {path} is a folder; set it to null")
@@ -56,23 +63,15 @@ def open_images(
         if tars := [path / name for name in names if _is_tar(name)]:
             if len(tars) < len(names):
                 raise _mixed(path, names)
-            return TarImages(
-                tars, channels=channels, classes=classes, size=size, interpolation=interpolation, labelled=labelled
-            )
-        return FolderImages(
-            path, names, channels=channels, classes=classes, size=size, interpolation=interpolation, labelled=labelled
-        )
+            return TarImages(tars, **wanted)
+        return FolderImages(path, names, **wanted)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz|zip)$", path.name.lower()):
         raise UserError(f"{path}: a packed archive, in which no image can be read alone; unpack it first")
     if _is_tar(path.name):
-        return TarImages(
-            [path], channels=channels, classes=classes, size=size, interpolation=interpolation, labelled=labelled
-        )
-    return IdxImages(
-        path, labels, channels=channels, classes=classes, size=size, interpolation=interpolation, labelled=labelled
-    )
+        return TarImages([path], **wanted)
+    return IdxImages(path, labels, **wanted)
 
 
 def source_files(path: Path) -> list[str]:
@@ -148,6 +147,11 @@ class IdxImages:
     def __len__(self) -> int:
         return len(self._pixels)
 
+    @property
+    def files(self) -> Iterable[Path]:
+        """Files that the images are read from, in order."""
+        return [self._path]
+
     def first_unlabelled(self) -> int | None:
         """Index of the first image without a label; None where all have one."""
         return 0 if len(self._labels) and self._labels[0] == UNLABELLED else None  # all have one, or none has
@@ -215,6 +219,11 @@ class FolderImages:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    @property
+    def files(self) -> Iterable[Path]:
+        """Files that the images are read from, in order; made one by one."""
+        return (self._path / name for name in self._names)
 
     def first_unlabelled(self) -> int | None:
         """Index of the first image without a label; None where all have one."""

@@ -6,6 +6,7 @@ What the fields are and what they allow is in `diffdfkd.engine.recipe`; nothing 
 import difflib
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,13 @@ def read_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         # The recipe's labels belong to the recipe's images; an IDX file finds those beside it by itself.
         evaluation.pop("labels", None)
     return content
+
+
+def repeating_command(images: str | None) -> str:
+    """What repeats the run that left a ``recipe.yaml``, ``images`` being the folder that its student learnt from."""
+    return (
+        "diffdfkd run recipe.yaml" if images is None else f"diffdfkd distill recipe.yaml --images {shlex.quote(images)}"
+    )
 
 
 def find_recipe(source: str | Path) -> Path:

@@ -1,7 +1,6 @@
 """One self-contained HTML page about a run, from the files in its folder; sections without data are left out."""
 
 import json
-import shlex
 from collections import defaultdict
 from html import escape
 from pathlib import Path
@@ -15,6 +14,7 @@ from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.gallery import cutmix_gallery, guidance_gallery, training_gallery
 from diffdfkd.engine.journal import read_journal
 from diffdfkd.engine.page import facts, page
+from diffdfkd.engine.recipe_file import repeating_command
 from diffdfkd.engine.shards import write_atomic
 
 Rows = list[dict[str, Any]]
@@ -194,9 +194,7 @@ def _configuration(recipe: Content, result: Content) -> str:
     if result.get("prior_licence"):
         provenance.append(("licence of the prior", result["prior_licence"]))
     provenance += [(f"version of {name}", str(version)) for name, version in (frozen.get("versions") or {}).items()]
-    images = frozen.get("images")
-    command = f"distill recipe.yaml --images {shlex.quote(images)}" if images else "run recipe.yaml"
-    again = f"diffdfkd {command} output=ANOTHER-FOLDER"
+    again = f"{repeating_command(frozen.get('images'))} output=ANOTHER-FOLDER"
     return (
         '<section><h2>How it was made</h2><p class="note">The recipe.yaml beside this page holds all of this; the '
         f"command below repeats the run.</p><pre>{escape(again)}</pre>"

@@ -213,9 +213,8 @@ def _refuse_loss(recipe: Recipe, dropped: int) -> None:
     samples = recipe.synthesis.images_per_class * len(recipe.teacher.classes)
     if dropped > MOST_DROPPED * samples:
         guided = recipe.guidance.mode != "none"
-        cures = (["a smaller guidance.rho"] if guided else []) + (
-            ["prior.dtype=float32"] if recipe.prior.dtype != "float32" else []
-        )
+        possible = {"a smaller guidance.rho": guided, "prior.dtype=float32": recipe.prior.dtype != "float32"}
+        cures = [cure for cure, helps in possible.items() if helps]
         raise UserError(
             f"{'guidance.rho' if guided else 'prior'}: {dropped} of {samples} samples were not finite and had to be "
             f"dropped, more than {MOST_DROPPED:.0%}; take {' or '.join(cures) or 'another prior'}, and another output "

@@ -5,7 +5,7 @@ import logging
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,6 +57,11 @@ class TarImages:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def files(self) -> Iterable[Path]:
+        """Files that the images are read from, in order."""
+        return self._tars
 
     def first_unlabelled(self) -> int | None:
         """Index of the first image without a label; None where all have one. All labels are read and checked."""

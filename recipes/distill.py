@@ -97,7 +97,7 @@ def foreign_images(recipe: Recipe, path: Path) -> tuple["Images", str]:
 
     Of their names, sizes and times of change: to read the content of a large set would take as long as an epoch.
     """
-    from diffdfkd.engine.images import open_images, source_files
+    from diffdfkd.engine.images import open_images
 
     teacher = recipe.teacher
     sha256 = hashlib.sha256()
@@ -105,8 +105,8 @@ def foreign_images(recipe: Recipe, path: Path) -> tuple["Images", str]:
         images = open_images(
             path, channels=teacher.channels, size=teacher.size, interpolation=teacher.interpolation, labelled=False
         )
-        for name in source_files(path) if path.is_dir() else [""]:
-            file = path / name
+        for file in images.files:
+            name = "" if file == path else file.relative_to(path).as_posix()
             try:
                 status = file.stat()
             except OSError as error:

@@ -73,10 +73,11 @@ def load_prior_for(recipe: Recipe, teacher: "Classifier") -> "Prior":
     from diffdfkd.engine.schedule import make_table
     from diffdfkd.engine.taps import BatchNormTaps
 
-    make_table(recipe.synthesis.sampler, read_scheduler_config(find_prior(recipe.prior)), recipe.synthesis.steps)
+    folder = find_prior(recipe.prior)  # of a hub id, by way of the network
+    make_table(recipe.synthesis.sampler, read_scheduler_config(folder), recipe.synthesis.steps)
     if recipe.guidance.mode != "none" and recipe.guidance.batchnorm_weight > 0:
         BatchNormTaps(teacher.model).remove()
-    return load_prior(recipe.prior, recipe.device)
+    return load_prior(recipe.prior.model_copy(update={"path": str(folder)}), recipe.device)
 
 
 def load_classifiers(recipe: Recipe) -> tuple["Classifier", "Classifier", "Images | None"]:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import yaml
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
+from diffdfkd.engine.recipe_file import repeating_command
 
 log = logging.getLogger(__name__)
 
@@ -78,16 +80,14 @@ class RunFolder:
             frozen["digests"] = {**before.get("digests", {}), **frozen["digests"]}
         content = {**dump_recipe(self.recipe), "frozen": frozen}
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
-        command = "run recipe.yaml" if self.images is None else f"distill recipe.yaml --images {self.images}"
-        write_atomic(file, f"# Written by diffdfkd; `diffdfkd {command} output=...` repeats it.\n{text}".encode())
+        head = f"# Written by diffdfkd; `{repeating_command(self.images)} output=...` repeats it."
+        write_atomic(file, f"{head}\n{text}".encode())
 
     def _set_aside(self) -> None:
         """What was trained on fewer images, or otherwise, is another student: it is kept, and trained again."""
         things = [path for path in (self.path / "student", self.result, self.path / "report.html") if path.exists()]
         if not things:
             return
-        import shutil
-
         kept = self.path / "superseded"
         number = 1 + max((int(path.name) for path in kept.glob("[0-9][0-9][0-9]")), default=0)
         folder = kept / f"{number:03d}"
