@@ -69,7 +69,8 @@ def synthesis_choices(
     """
     content = dump_recipe(recipe)
     content["synthesis"].pop("images_per_class")
-    content["teacher"].pop("weights")
+    for field in ("weights", "metadata", "crop_fraction", "licence"):
+        content["teacher"].pop(field)
     choices = {
         f"{section}.{field}": value
         for section in ("teacher", "synthesis", "guidance", "cutmix")

@@ -117,7 +117,7 @@ def load_prior(recipe: PriorRecipe, device: torch.device | str) -> Prior:
         scaling_factor=vae.config.scaling_factor,
         shift_factor=vae.config.get("shift_factor") or 0.0,
         prediction_type=scheduler_config.get("prediction_type", "epsilon"),
-        licence=read_licence(folder / "README.md"),
+        licence=recipe.licence or read_licence(folder / "README.md"),
     )
 
 

@@ -34,6 +34,17 @@ class Section(BaseModel):
         return value
 
 
+class LoraRecipe(Section):
+    path: str
+    """A ``.safetensors`` file, a folder with one, or a hub id."""
+    revision: str | None = None
+    """Commit of the hub repository; required for a hub id."""
+    file: str | None = None
+    """Name of the file in the folder or repository, where there are several."""
+    scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Factor on the update when it is fused into the weights."""
+
+
 class PriorRecipe(Section):
     path: str
     """Folder in diffusers' Stable Diffusion format, or a hub id."""
@@ -41,11 +52,16 @@ class PriorRecipe(Section):
     """Commit of the hub repository; required for a hub id, so that a run can be repeated."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of UNet and VAE; the sampler's own arithmetic is float32."""
+    loras: list[LoraRecipe] = []
+    """Low-rank updates (LCM-LoRA, a style), fused into the weights in this order when the prior is loaded."""
+    licence: str | None = None
+    """Of the prior's weights, SPDX where there is one; by default what its model card states."""
 
 
 class ClassifierRecipe(Section):
     architecture: str
-    """Built in (``small_cnn``, ...), ``torchvision:<name>``, ``timm:<name>`` or ``package.module:factory``."""
+    """Built in (``small_cnn``, ...), ``torchvision:<name>``, ``timm:<name>`` or ``package.module:factory``; of a
+    teacher also ``exported`` (a ``torch.export`` .pt2) or ``torchscript``, whose weights file is the whole program."""
     options: dict[str, Any] = {}
     """Keyword arguments of the architecture, such as ``width``."""
     weights: str | None = None
@@ -55,6 +71,9 @@ class ClassifierRecipe(Section):
 class TeacherRecipe(ClassifierRecipe):
     classes: list[str]
     """Class names in the order of the teacher's outputs."""
+    metadata: str | None = None
+    """Published weights whose metadata fills in what is not given here of classes, channels, size, mean, std,
+    interpolation, crop_fraction: ``torchvision:ResNet18_Weights.IMAGENET1K_V1``, ``timm:resnet18.a1_in1k``."""
     channels: Literal[1, 3] = 3
     """Colour channels of the teacher's input."""
     size: Annotated[int, Field(ge=8)] = 32
@@ -65,6 +84,13 @@ class TeacherRecipe(ClassifierRecipe):
     """Per channel, of images in [0, 1]; one number serves all channels."""
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
     """Resize from the prior's image to the teacher's input, antialiased except ``nearest``."""
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    """Order of a colour teacher's input channels; mean and std are in this order."""
+    crop_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of real test images alone: their shorter edge becomes size / crop_fraction and the centre is cropped, as in
+    torchvision's presets (224 / 256 = 0.875); by default the whole image is squeezed to the size."""
+    licence: str | None = None
+    """Of the teacher's weights, SPDX where there is one; the student's card hands it on."""
 
 
 class SynthesisRecipe(Section):
@@ -85,7 +111,9 @@ class SynthesisRecipe(Section):
     size: Annotated[int, Field(ge=8)] | None = None
     """Saved height and width in pixels; the teacher's input by default."""
     format: Literal["png", "webp"] = "png"
-    """Image files inside the shards; both lossless."""
+    """Image files inside the shards; both lossless, unless ``quality`` is given."""
+    quality: Annotated[int, Field(ge=1, le=100)] | None = None
+    """Of lossy WebP; lossless by default."""
 
 
 class GuidanceRecipe(Section):
@@ -168,6 +196,9 @@ class DistillationRecipe(Section):
     """tau of tau^2 KL(teacher || student)."""
     augmentation: list[Literal["flip", "crop", "affine", "erase", "cutmix", "mixup"]] = ["flip", "crop"]
     """Applied to each batch before teacher and student see it, in this order."""
+    teacher_logits: Literal["auto", "cached", "computed"] = "auto"
+    """Cached: the teacher answers once for each image, and its answers are kept beside the shards. ``auto`` does so
+    without augmentation, where it is exact; with augmentation the teacher has to see what the student sees."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs under DeepSpeed's torch_autocast."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -207,10 +238,32 @@ class DistillationRecipe(Section):
 
 class EvaluationRecipe(Section):
     images: str | None = None
-    """Real test images: a folder with one sub-folder a class, or an IDX file; none skips the evaluation."""
+    """Real test images: a folder with one sub-folder a class, an IDX file, or a data set as it is unpacked (CIFAR-10,
+    CIFAR-100, Tiny ImageNet, DomainNet); none skips the evaluation."""
     labels: str | None = None
-    """IDX labels file that belongs to an IDX images file."""
+    """IDX labels file that belongs to an IDX images file, or a list of lines ``file label`` for a folder."""
     batch_size: Count = 500
+    licence: str | None = None
+    """Of the test images, SPDX where there is one; stated in the report."""
+
+
+class AboutRecipe(Section):
+    """What a person should know before a run; no result depends on it."""
+
+    summary: str | None = None
+    hardware: str | None = None
+    time: str | None = None
+    """Estimate, and how it was arrived at."""
+    memory: str | None = None
+    disk: str | None = None
+    prior: str | None = None
+    """Where to get the prior, by which licence."""
+    teacher: str | None = None
+    """Where to get the teacher's weights."""
+    images: str | None = None
+    """Where to get the test images."""
+    published: str | None = None
+    """Accuracies to compare with, and their source."""
 
 
 class Recipe(Section):
@@ -224,6 +277,7 @@ class Recipe(Section):
     """Rounds of synthesis and distillation; from the second on, guidance knows the student."""
     distillation: DistillationRecipe = DistillationRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    about: AboutRecipe = AboutRecipe()
     output: str = "runs/run"
     """Folder of the run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -251,6 +305,11 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises UserError with the field's path, what was given and what is allowed.
     """
     content = read_recipe(source, overrides)
+    teacher = content.get("teacher")
+    if isinstance(teacher, dict) and isinstance(teacher.get("metadata"), str):
+        from diffdfkd.engine.metadata import fill_teacher
+
+        content["teacher"] = fill_teacher(teacher)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:

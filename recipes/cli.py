@@ -1,6 +1,7 @@
 """The command line ``diffdfkd``: thin, fast to start, one line for a mistake.
 
-Exit codes: 0 done, 1 an unexpected error with its traceback, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 an unexpected error with its traceback, 2 bad input, 3 a check or a dry run found something to
+mend, 130 interrupted.
 """
 
 import os
@@ -22,13 +23,19 @@ the student learns from the teacher on those images alone; real images are read 
 \b
   diffdfkd run fashion                      the demo, end to end, on a CPU
   diffdfkd run fashion output=runs/a seed=1 synthesis.steps=20
-  diffdfkd run my-recipe.yaml               your own teacher and prior
+  diffdfkd check my-recipe.yaml             your own teacher and prior: do they understand each other?
+  diffdfkd preview my-recipe.yaml           a few images, guided and unguided, with their numbers
+  diffdfkd run my-recipe.yaml --dry-run     what would be done, and what is missing
+  diffdfkd run my-recipe.yaml
 
 A recipe is a packaged name or a YAML file. Any field of it can be overridden by key=value, where the value is
 YAML: guidance.mode=none, guidance.window=[0,0.8], evaluation.images=null.
 
 Every command can be killed and continued by typing it again.
 """
+
+FOUND = 3
+"""Exit code of a check, or a dry run, that found something to mend."""
 
 app = typer.Typer(
     help=HELP, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
@@ -62,7 +69,13 @@ def options(
 
 
 @app.command()
-def run(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and what is missing; nothing is made or fetched.")
+    ] = False,
+) -> None:
     """Everything, from images to report.
 
     \b
@@ -85,10 +98,62 @@ def run(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     kept under superseded/).
     """
     resolved = load_recipe(recipe, overrides or ())
+    if dry_run:
+        from diffdfkd.recipes.dry_run import dry_run as plan
+
+        text, complete = plan(resolved)
+        typer.echo(text)
+        raise typer.Exit(0 if complete else FOUND)
     from diffdfkd.recipes.figures import summary
     from diffdfkd.recipes.run import run as run_recipe
 
     typer.echo(summary(run_recipe(resolved), Path(resolved.output)))
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    json: Annotated[Path | None, typer.Option(help="File to write the figures to.")] = None,
+) -> None:
+    """Whether teacher, preprocessing, class order and prior understand each other, before anything is made.
+
+    \b
+      diffdfkd check my-recipe.yaml
+      diffdfkd check my-recipe.yaml teacher.channel_order=bgr
+
+    Draws a few unguided images of each class and shows what the teacher takes them for, and how far their
+    statistics are from those that its BatchNorm layers remember, layer by layer; then the same with other channel
+    orders, value ranges, normalisations and class orders, and says where one of them fits better. Exit code 3 if so.
+    Nothing is written but --json.
+    """
+    resolved = load_recipe(recipe, overrides or ())
+    from diffdfkd.recipes.check import check as check_recipe
+
+    text, sound = check_recipe(resolved, json_file=json)
+    typer.echo(text)
+    raise typer.Exit(0 if sound else FOUND)
+
+
+@app.command()
+def preview(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to write to; <output>-preview by default.")] = None,
+) -> None:
+    """One small batch, guided and unguided, as a picture and in numbers; a minute for the demo.
+
+    \b
+      diffdfkd preview fashion
+      diffdfkd preview my-recipe.yaml guidance.rho=0.4 --to previews/rho-0.4
+
+    Writes preview.png and preview.json and prints the numbers: the BatchNorm loss by layer and the teacher's
+    confidence by class, without and with guidance, and the alarms that a run would give.
+    """
+    resolved = load_recipe(recipe, overrides or ())
+    from diffdfkd.recipes.preview import preview as preview_recipe
+
+    typer.echo(preview_recipe(resolved, to))
 
 
 @app.command()
@@ -183,6 +248,56 @@ def report(
     from diffdfkd.engine.report import write_report
 
     typer.echo(f"wrote {write_report(folder)}")
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="A run, a folder of shards, or a tar.", show_default=False),
+    ],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder to make, one sub-folder a class.", show_default=False)
+    ],
+    format: Annotated[str, typer.Option(help="png, webp or jpeg.")] = "png",
+    size: Annotated[int | None, typer.Option(help="Height and width in pixels; as they are by default.")] = None,
+) -> None:
+    """Shards to a plain folder of images, one sub-folder a class, as torchvision's ImageFolder reads it.
+
+    \b
+      diffdfkd convert runs/fashion my-images/
+      diffdfkd convert runs/fashion my-images/ --format webp --size 64
+    """
+    from diffdfkd.recipes.convert import convert as convert_shards
+
+    typer.echo(convert_shards(source, folder, format=format, size=size))
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run.", show_default=False)],
+) -> None:
+    """Write DIR/student/student.onnx, checked against the network, and the model card again.
+
+    \b
+      diffdfkd export runs/fashion
+    """
+    from diffdfkd.recipes.export import export as export_student
+
+    typer.echo(export_student(folder))
+
+
+@app.command()
+def doctor(
+    json: Annotated[Path | None, typer.Option(help="File to write the findings to.")] = None,
+) -> None:
+    """What this machine offers: processor, memory, GPU, launchers, and each optional package.
+
+    For each package: whether it is installed and usable here, why not, what it would bring, how to install it.
+    """
+    from diffdfkd.recipes.doctor import doctor as examine
+
+    typer.echo(examine(json_file=json))
 
 
 def main(arguments: list[str] | None = None) -> None:

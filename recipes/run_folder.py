@@ -21,7 +21,10 @@ from diffdfkd.engine.recipe_file import repeating_command
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "diffusers", "transformers", "deepspeed", "triton", "diffdfkd")
-MAY_DIFFER = ("output", "evaluation.images", "evaluation.labels", "evaluation.batch_size")
+MAY_DIFFER = (
+    *("output", "evaluation.images", "evaluation.labels", "evaluation.batch_size", "evaluation.licence"),
+    *("prior.licence", "teacher.licence", "teacher.metadata"),
+)
 BY_CONTENT = {"prior.path": "prior", "teacher.weights": "teacher", "student.weights": "student"}
 """Paths that may differ as long as what lies there has the digest that was frozen."""
 
@@ -244,7 +247,7 @@ def _refuse_other(
     for field in [*ours, *(field for field in theirs if field not in ours)]:
         was: Any = theirs.get(field)
         now_: Any = ours.get(field)
-        if was == now_ or field in MAY_DIFFER:
+        if was == now_ or field in MAY_DIFFER or field.startswith("about."):
             continue
         if field in BY_CONTENT and was is not None and now_ is not None:
             continue
