@@ -63,9 +63,9 @@ def load_student(weights: Path, recipe: Recipe) -> "Classifier":
 def figures(folder: RunFolder, evaluation: "Evaluation | None") -> dict[str, Any]:
     """Content of ``result.json``; accuracies are fractions, and None without test images."""
     from diffdfkd.engine.accounts import accounts
-    from diffdfkd.engine.classifier import digest
     from diffdfkd.engine.journal import read_journal
     from diffdfkd.engine.shards import list_shards
+    from diffdfkd.engine.weights import digest
 
     recipe = folder.recipe
     rows = read_journal(folder.journal)
@@ -108,10 +108,10 @@ def figures(folder: RunFolder, evaluation: "Evaluation | None") -> dict[str, Any
 
 def finished(folder: RunFolder) -> dict[str, Any] | None:
     """The result of a run to which nothing is left to do: every shard whole, the student and the figures there."""
-    from diffdfkd.engine.classifier import digest
     from diffdfkd.engine.plan import shard_plan
     from diffdfkd.engine.report import write_report
     from diffdfkd.engine.shards import MANIFEST, DamagedShard, round_folder, shard_path, verify_shard, write_manifest
+    from diffdfkd.engine.weights import digest
 
     recipe = folder.recipe
     if folder.grown or not folder.result.is_file() or not folder.student.is_file():

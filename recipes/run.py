@@ -185,7 +185,7 @@ def shard_images(folder: RunFolder, rounds: int) -> tuple["Images", str]:
 
 def save_student(student: "Classifier", path: Path, recipe: Recipe) -> None:
     """Weights with what it takes to use them; equal students give equal bytes."""
-    from diffdfkd.engine.classifier import save_classifier
+    from diffdfkd.engine.weights import save_classifier
 
     teacher = recipe.teacher
     about = {

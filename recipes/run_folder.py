@@ -171,7 +171,7 @@ def _compared(began: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any
 
 def file_digests(recipe: Recipe, *, prior: bool) -> dict[str, str]:
     """SHA-256 of the files that the recipe names; a hub id stands for itself with its commit."""
-    from diffdfkd.engine.classifier import digest
+    from diffdfkd.engine.weights import digest
 
     found = {}
     if prior:

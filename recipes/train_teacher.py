@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffdfkd.engine.architectures import small_cnn
-from diffdfkd.engine.classifier import Classifier, Preprocessing, digest, save_classifier
+from diffdfkd.engine.classifier import Classifier, Preprocessing
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.idx import read_bytes, read_idx
 from diffdfkd.engine.shards import write_atomic
+from diffdfkd.engine.weights import digest, save_classifier
 from diffdfkd.recipes.command import run_command
 
 CLASSES = (

@@ -1,27 +1,15 @@
-import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
-import safetensors.torch
 import torch
-from torch import nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from diffdfkd.engine.architectures import small_cnn
-from diffdfkd.engine.classifier import (
-    Classifier,
-    Preprocessing,
-    build_classifier,
-    digest,
-    load_weights,
-    save_classifier,
-)
+from diffdfkd.engine.classifier import Classifier, Preprocessing, build_classifier
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import ClassifierRecipe, TeacherRecipe
+from diffdfkd.engine.weights import save_classifier
 
 SMALL: dict[str, Any] = {"width": 2, "blocks": [0, 0, 0]}
 
@@ -106,19 +94,6 @@ def test_a_teacher_is_frozen_and_needs_weights(tmp_path: Path) -> None:
     assert torch.equal(head(teacher), head(student(options=SMALL)))
 
 
-def test_saved_weights_are_byte_stable_and_keep_their_metadata(tmp_path: Path) -> None:
-    network = student(options=SMALL)
-    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    save_classifier(network, paths[0], {"licence": "MIT", "architecture": "small_cnn", "data": "Größe"})
-    save_classifier(network, paths[1], {"data": "Größe", "architecture": "small_cnn", "licence": "MIT"})
-    assert paths[0].read_bytes() == paths[1].read_bytes() and digest(paths[0]) == digest(paths[1])
-    with safetensors.safe_open(paths[0], "pt") as file:
-        assert file.metadata() == {"licence": "MIT", "architecture": "small_cnn", "data": "Größe"}
-    loaded = safetensors.torch.load_file(paths[0])
-    assert loaded.keys() == network.model.state_dict().keys()
-    assert all(torch.equal(loaded[key], value) for key, value in network.model.state_dict().items())
-
-
 def test_torchvision_and_own_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     three = {"channels": 3, "size": 32}
     assert student("torchvision:resnet18", teacher=three)(torch.rand(2, 3, 32, 32)).shape == (2, 3)
@@ -161,86 +136,3 @@ def test_unknown_architectures_and_options_get_the_nearest_names() -> None:
         student(options={"widht": 3})
     with pytest.raises(UserError, match=r"student.options.width: got 0"):
         student(options={"width": 0})
-
-
-def test_weights_that_do_not_fit_are_explained(tmp_path: Path) -> None:
-    path = tmp_path / "weights.safetensors"
-    save_classifier(student(options=SMALL), path, {})
-    with pytest.raises(UserError, match=rf"{path} has 3 classes \(head.weight\), the teacher has 4; teacher.classes"):
-        load_weights(small_cnn(1, 4, **SMALL), path, field="teacher")
-    with pytest.raises(
-        UserError, match=r"mis-shaped \(features.0.0.weight \[2, 1, 3, 3\] for \[5, 1, 3, 3\], .*, \.\.\."
-    ):
-        load_weights(small_cnn(1, 3, 5, [0, 0, 0]), path, field="teacher")
-    state = safetensors.torch.load_file(path)
-    state["stranger"] = state.pop("head.bias")
-    safetensors.torch.save_file(state, path)
-    with pytest.raises(UserError, match=r"1 missing \(head.bias\); 1 unknown \(stranger\)"):
-        load_weights(small_cnn(1, 3, **SMALL), path, field="teacher")
-    state["head.bias"] = state.pop("stranger") * float("nan")
-    safetensors.torch.save_file(state, path)
-    with pytest.raises(UserError, match=r"not finite \(head.bias\)"):
-        load_weights(small_cnn(1, 3, **SMALL), path, field="teacher")
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UserError, match=rf"teacher.weights: {path} is not a safetensors file, or is truncated"):
-        load_weights(small_cnn(1, 3, **SMALL), path, field="teacher")
-    with pytest.raises(UserError, match=r"none.pt: no such file"):
-        load_weights(small_cnn(1, 3, **SMALL), tmp_path / "none.pt", field="teacher")
-
-
-class Hostile:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
-
-
-@pytest.mark.parametrize("way", ["pickle", "torch"])
-def test_a_hostile_pickle_is_not_executed(tmp_path: Path, way: str) -> None:
-    path, marker = tmp_path / "teacher.pt", tmp_path / "executed"
-    if way == "pickle":
-        path.write_bytes(pickle.dumps(Hostile(marker)))
-    else:
-        torch.save({"weight": Hostile(marker)}, path)
-    with pytest.raises(
-        UserError,
-        match=rf"teacher.weights: {path} is neither a safetensors nor a plain torch state dict, and is not executed",
-    ):
-        load_weights(nn.Linear(1, 1), path, field="teacher")
-    assert not marker.exists()
-
-
-def test_pickles_of_plain_state_dicts_are_read_and_others_refused(tmp_path: Path) -> None:
-    path, model, source = tmp_path / "model.pt", nn.Linear(3, 2), nn.Linear(3, 2)
-    torch.save(source.state_dict(), path)
-    load_weights(model, path, field="student")
-    assert torch.equal(model.weight, source.weight)
-    torch.save({"epoch": 3, "state_dict": source.state_dict()}, path)
-    with pytest.raises(UserError, match="not a plain state dict but a dict with epoch, state_dict"):
-        load_weights(model, path, field="student")
-    torch.save(source, path)
-    with pytest.raises(UserError, match="is not executed"):
-        load_weights(model, path, field="student")
-    for rubbish in (b"not a pickle", b"", b"root:x:0:0:root", bytes(range(256))):
-        path.write_bytes(rubbish)
-        with pytest.raises(UserError, match="is not executed"):
-            load_weights(model, path, field="student")
-
-
-def test_the_digest_of_a_folder_knows_names_and_contents(tmp_path: Path) -> None:
-    def make(name: str, files: dict[str, bytes]) -> str:
-        for file, content in files.items():
-            path = tmp_path / name / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        return digest(tmp_path / name)
-
-    whole = make("a", {"x/1": b"one", "2": b"two"})
-    assert make("b", {"2": b"two", "x/1": b"one"}) == whole
-    assert make("c", {"x/1": b"one", "3": b"two"}) != whole
-    assert make("d", {"x/1": b"one", "2": b"tww"}) != whole
-    card = {"README.md": b"a card", ".git/config": b"url", "x/.cache": b"more"}
-    assert make("e", {"x/1": b"one", "2": b"two", **card}) == whole
-    with pytest.raises(UserError, match="no such file or folder"):
-        digest(tmp_path / "none")

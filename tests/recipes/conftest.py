@@ -25,7 +25,8 @@ def write_idx(folder: Path, images: torch.Tensor, labels: torch.Tensor) -> Path:
 def tiny_recipe(tmp_path_factory: pytest.TempPathFactory, tiny_prior: Path) -> Path:
     """YAML file of a recipe with two rounds, CutMix and all losses; its output is to be given."""
     from diffdfkd.engine.architectures import ARCHITECTURES
-    from diffdfkd.engine.classifier import Classifier, Preprocessing, save_classifier
+    from diffdfkd.engine.classifier import Classifier, Preprocessing
+    from diffdfkd.engine.weights import save_classifier
 
     folder = tmp_path_factory.mktemp("recipe")
     torch.manual_seed(1)

@@ -16,11 +16,11 @@ import yaml
 from PIL import Image
 
 from diffdfkd.engine.accounts import accounts
-from diffdfkd.engine.classifier import digest
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.journal import read_journal
 from diffdfkd.engine.recipe import load_recipe
 from diffdfkd.engine.report import write_report
+from diffdfkd.engine.weights import digest
 from diffdfkd.recipes.distill import distill, foreign_images
 from diffdfkd.recipes.evaluate import evaluate
 from diffdfkd.recipes.run import run

@@ -1,0 +1,109 @@
+"""A classifier's weights on disk: read without executing anything, written so that equal weights give equal bytes."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.shards import write_atomic
+
+if TYPE_CHECKING:
+    from diffdfkd.engine.classifier import Classifier
+
+
+def load_weights(model: nn.Module, path: str | Path, *, field: str) -> None:
+    """Load a state dict that fits the model exactly; a pickle is read as plain tensors or not at all.
+
+    Raises UserError that names the file and the first three missing, unknown or mis-shaped keys.
+    """
+    where = f"{field}.weights"
+    state = read_state(Path(path), where)
+    expected = model.state_dict()
+    shapes = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    head = next((name for name, layer in reversed(list(model.named_modules())) if isinstance(layer, nn.Linear)), None)
+    if shapes and all(key in (f"{head}.weight", f"{head}.bias") for key in shapes):
+        raise UserError(
+            f"{where}: {path} has {len(state[shapes[0]])} classes ({shapes[0]}), the {field} has "
+            f"{len(expected[shapes[0]])}; teacher.classes must name the classes of the weights, in order"
+        )
+    problems = {
+        "missing": [key for key in expected if key not in state],
+        "unknown": [key for key in state if key not in expected],
+        "mis-shaped": [f"{key} {list(state[key].shape)} for {list(expected[key].shape)}" for key in shapes],
+    }
+    found = [
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in problems.items()
+        if keys
+    ]
+    if found:
+        raise UserError(
+            f"{where}: {path} does not fit the architecture: {'; '.join(found)}; "
+            f"check {field}.architecture and {field}.options"
+        )
+    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise UserError(f"{where}: {path} holds numbers that are not finite ({', '.join(broken[:3])})")
+    model.load_state_dict(state)
+
+
+def read_state(path: Path, where: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{where}: {path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{where}: {path} is not a safetensors file, or is truncated: {error}") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # bytes that are no pickle make the reader fail in any way
+        raise UserError(
+            f"{where}: {path} is neither a safetensors nor a plain torch state dict, and is not executed; "
+            "save it with safetensors, or torch.save(model.state_dict(), file)"
+        ) from None
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        held = (
+            f"a dict with {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
+        )
+        raise UserError(f"{where}: {path} is not a plain state dict but {held}; save the state dict alone")
+    return state
+
+
+def save_classifier(classifier: "Classifier", path: str | Path, metadata: dict[str, str]) -> None:
+    """Write the network's state dict as safetensors; equal weights and metadata give equal bytes."""
+    state = {key: value.detach().cpu().contiguous() for key, value in classifier.model.state_dict().items()}
+    content = safetensors.torch.save(state)
+    # safetensors writes its own metadata in hash order: we put ours into the header, sorted.
+    length = int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8 : 8 + length])}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (math.ceil(len(text) / 8) * 8 - len(text))
+    write_atomic(Path(path), len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 in hexadecimal of a file, or of a folder's sorted relative names and file digests.
+
+    Of a folder without its Markdown and hidden files (model card, ``.git``), which decide nothing.
+    """
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    total = hashlib.sha256()
+    names = [file.relative_to(path) for file in path.rglob("*") if file.is_file() and file.suffix.lower() != ".md"]
+    for name in sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)):
+        total.update(f"{name}\0{digest(path / name)}\n".encode())
+    return total.hexdigest()
