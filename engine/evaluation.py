@@ -1,6 +1,8 @@
 """How good a student is on real labelled images: accuracy, agreement with the teacher, calibration, confusion."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.images import Images
 
 BINS = 15
+NORMAL_95 = 1.959963984540054
+"""The standard normal's 97.5 % quantile."""
 
 
 @dataclass(frozen=True)
@@ -18,24 +22,59 @@ class Evaluation:
     """All shares are fractions of 1."""
 
     accuracy: float
+    accuracy_interval: list[float]
+    """Low and high end of the accuracy's 95 % interval, which says what the number of test images leaves open."""
     per_class: dict[str, float]
     """Accuracy on each class's own images; classes without images are left out."""
+    per_class_images: dict[str, int]
+    """Test images of each class, of the same classes."""
     agreement: float | None
     """Share of images on which student and teacher name the same class."""
     calibration_error: float
     """Expected calibration error with 15 equal bins of confidence (Guo et al. 2017, equation 3)."""
+    calibration: list[dict[str, Any]]
+    """The bins in order: low and high edge, images, mean confidence and accuracy, both None in an empty bin."""
     confusion: list[list[int]]
     """Images of the row's true class that the student put into the column's class."""
     images: int
     teacher_accuracy: float | None
+    teacher_per_class: dict[str, float] | None
+    """The teacher's accuracy on the same classes."""
 
 
-def calibration_error(confidence: Tensor, correct: Tensor, bins: int = BINS) -> float:
-    """Mean over images of |accuracy - confidence| of their bin; both [N], bin b holds (b/bins, (b+1)/bins]."""
+def wilson_interval(correct: int, count: int, quantile: float = NORMAL_95) -> list[float]:
+    """Low and high end of a share's interval (Wilson 1927); 95 % by default, within [0, 1] however few there are."""
+    share, spread = correct / count, quantile**2 / count
+    centre = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def calibration_bins(confidence: Tensor, correct: Tensor, bins: int = BINS) -> list[dict[str, Any]]:
+    """Images, mean confidence and accuracy by bin of confidence; both [N], bin b holds (b/bins, (b+1)/bins]."""
     # In the confidences' own precision: 0.2 * 15 rounds to the edge 3, as it should.
     index = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, correct.double() - confidence.double())
-    return float(gap.abs().sum() / len(confidence))
+    images = torch.bincount(index, minlength=bins).tolist()
+    zeros = torch.zeros(bins, dtype=torch.float64)
+    sure = zeros.index_add(0, index, confidence.double()).tolist()
+    right = zeros.index_add(0, index, correct.double()).tolist()
+    return [
+        {
+            "low": b / bins,
+            "high": (b + 1) / bins,
+            "images": images[b],
+            "confidence": sure[b] / images[b] if images[b] else None,
+            "accuracy": right[b] / images[b] if images[b] else None,
+        }
+        for b in range(bins)
+    ]
+
+
+def calibration_error(bins: list[dict[str, Any]]) -> float:
+    """Mean over images of |accuracy - confidence| of their bin."""
+    filled = [row for row in bins if row["images"]]
+    gaps = sum(row["images"] * abs(row["accuracy"] - row["confidence"]) for row in filled)
+    return gaps / sum(row["images"] for row in filled)
 
 
 @torch.no_grad()
@@ -63,7 +102,8 @@ def evaluate(
     count = len(student.classes)
     confusion = torch.zeros(count * count, dtype=torch.int64)
     confidences, corrects = [], []
-    agreed = teacher_right = 0
+    agreed = 0
+    teacher_right = torch.zeros(count, dtype=torch.int64)
     try:
         for start in tqdm(range(0, len(images), batch_size), "evaluating", unit="batch", disable=not progress):
             pixels, labels = images.read(range(start, min(start + batch_size, len(images))))
@@ -76,24 +116,29 @@ def evaluate(
             if teacher is not None:
                 _, judged = _predict(teacher, batch, "teacher")
                 agreed += int((judged == predicted).sum())
-                teacher_right += int((judged == labels).sum())
+                teacher_right += torch.bincount(labels[judged == labels], minlength=count)
     finally:
         student.train(training)
     table = confusion.view(count, count)
-    totals = table.sum(1)
+    totals = table.sum(1).tolist()
+    present = {name: index for index, name in enumerate(student.classes) if totals[index]}
     correct = torch.cat(corrects)
+    bins = calibration_bins(torch.cat(confidences), correct)
+    right = int(correct.sum())
     return Evaluation(
-        accuracy=int(correct.sum()) / len(images),
-        per_class={
-            name: int(table[index, index]) / int(totals[index])
-            for index, name in enumerate(student.classes)
-            if totals[index]
-        },
+        accuracy=right / len(images),
+        accuracy_interval=wilson_interval(right, len(images)),
+        per_class={name: int(table[index, index]) / totals[index] for name, index in present.items()},
+        per_class_images={name: totals[index] for name, index in present.items()},
         agreement=None if teacher is None else agreed / len(images),
-        calibration_error=calibration_error(torch.cat(confidences), correct),
+        calibration_error=calibration_error(bins),
+        calibration=bins,
         confusion=table.tolist(),
         images=len(images),
-        teacher_accuracy=None if teacher is None else teacher_right / len(images),
+        teacher_accuracy=None if teacher is None else int(teacher_right.sum()) / len(images),
+        teacher_per_class=None
+        if teacher is None
+        else {name: int(teacher_right[index]) / totals[index] for name, index in present.items()},
     )
 
 

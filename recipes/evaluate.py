@@ -81,7 +81,10 @@ def evaluate(
 
 def summary(figures: dict[str, Any]) -> str:
     """The figures in a few lines for a person."""
-    lines = [f"accuracy  {figures['accuracy']:.2%} of {figures['images']:,} images"]
+    low, high = figures["accuracy_interval"]
+    lines = [
+        f"accuracy  {figures['accuracy']:.2%} of {figures['images']:,} images, 95 % interval {low:.2%} to {high:.2%}"
+    ]
     lines += [f"  {share:7.2%}  {name}" for name, share in figures["per_class"].items()]
     lines.append(f"calibration error {figures['calibration_error']:.3f}")
     if figures["teacher_accuracy"] is not None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from diffdfkd.engine.classifier import Classifier, Preprocessing
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.evaluation import calibration_error, evaluate
+from diffdfkd.engine.evaluation import calibration_bins, calibration_error, evaluate, wilson_interval
 
 
 class Held:
@@ -55,26 +55,47 @@ def test_evaluation_by_hand(batch_size: int) -> None:
     assert found.confusion == [[1, 1, 1], [1, 1, 0], [0, 0, 0]]
     assert found.agreement == 2 / 5
     assert found.teacher_accuracy == 4 / 5
+    assert found.teacher_per_class == {"a": 2 / 3, "b": 1.0}
+    assert found.per_class_images == {"a": 3, "b": 2}
     assert found.images == 5
+    assert found.accuracy_interval == wilson_interval(2, 5)
     # Bins of confidence: 0.9 (right, wrong), 0.6 (right, wrong), 0.8 (wrong).
     assert found.calibration_error == pytest.approx((abs(1 - 1.8) + abs(1 - 1.2) + 0.8) / 5, abs=1e-6)
     assert student.training
 
 
+def error_of(confidences: list[float], correct: list[bool]) -> float:
+    return calibration_error(calibration_bins(torch.tensor(confidences), torch.tensor(correct)))
+
+
 def test_calibration_of_the_edges_of_the_bins() -> None:
-    right, wrong = torch.tensor([True]), torch.tensor([False])
-    assert calibration_error(torch.tensor([1.0]), right) == 0
-    assert calibration_error(torch.tensor([1.0]), wrong) == 1
+    assert error_of([1.0], [True]) == 0
+    assert error_of([1.0], [False]) == 1
     # 0.2 = 3/15 belongs to the bin below that edge: it shares the bin of 0.19, not that of 0.21.
-    edge = torch.tensor([0.2, 0.19])
-    assert calibration_error(edge, torch.tensor([False, True])) == pytest.approx((1 - 0.39) / 2, abs=1e-6)
-    edge = torch.tensor([0.2, 0.21])
-    assert calibration_error(edge, torch.tensor([False, True])) == pytest.approx((0.2 + 0.79) / 2, abs=1e-6)
+    assert error_of([0.2, 0.19], [False, True]) == pytest.approx((1 - 0.39) / 2, abs=1e-6)
+    assert error_of([0.2, 0.21], [False, True]) == pytest.approx((0.2 + 0.79) / 2, abs=1e-6)
+
+
+def test_bins_say_how_many_how_sure_and_how_right() -> None:
+    bins = calibration_bins(torch.tensor([0.95, 0.99, 0.5]), torch.tensor([True, False, True]))
+    assert [row["images"] for row in bins] == [0] * 7 + [1] + [0] * 6 + [2]
+    assert bins[-1]["confidence"] == pytest.approx(0.97) and bins[-1]["accuracy"] == 0.5
+    assert bins[0] == {"low": 0.0, "high": 1 / 15, "images": 0, "confidence": None, "accuracy": None}
+
+
+@pytest.mark.parametrize(
+    ("correct", "count", "low", "high"),
+    # Wilson without continuity correction: Newcombe 1998, table I, lines 1 to 4, method 3.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_interval_against_published_ones(correct: int, count: int, low: float, high: float) -> None:
+    assert wilson_interval(correct, count) == pytest.approx([low, high], abs=5e-5)
+    assert wilson_interval(count - correct, count) == pytest.approx([1 - high, 1 - low], abs=5e-5)
 
 
 def test_without_a_teacher_there_is_no_agreement() -> None:
     found = evaluate(classifier(STUDENT), Held(LABELS), batch_size=2, device="cpu")
-    assert found.agreement is None and found.teacher_accuracy is None
+    assert found.agreement is found.teacher_accuracy is found.teacher_per_class is None
 
 
 @pytest.mark.parametrize(("label", "message"), [(3, "image 3 has label 3"), (-1, "image 3 has no label")])
