@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.pixels import SUFFIXES, Channels, Decoder, stack
+from diffdfkd.engine.pixels import SUFFIXES, Decoder, Wanted, stack
 
 log = logging.getLogger(__name__)
 
@@ -30,29 +30,20 @@ class TarImages:
     without a label is UNLABELLED; without `labelled` all are, and the ending of a name is what follows its last dot.
     """
 
-    def __init__(
-        self,
-        tars: Sequence[Path],
-        *,
-        channels: Channels | None = None,
-        classes: Sequence[str] | None = None,
-        size: int | None = None,
-        interpolation: str = "bilinear",
-        labelled: bool = True,
-    ) -> None:
-        self.classes = None if classes is None else list(classes)
+    def __init__(self, tars: Sequence[Path], wanted: Wanted) -> None:
+        self.classes = wanted.names()
         self._tars = list(tars)
         self._files: OrderedDict[int, BinaryIO] = OrderedDict()
         # A row a sample: tar, offset and length of the image, offset and length of the label (0 without), is it JSON.
         # Packed tar by tar: as Python's numbers a million samples would take 300 MB.
         rows = [
-            np.asarray([(number, *sample) for sample in _scan(tar, labelled)], np.int64).reshape(-1, 6)
+            np.asarray([(number, *sample) for sample in _scan(tar, wanted.labelled)], np.int64).reshape(-1, 6)
             for number, tar in enumerate(tars)
         ]
         self._rows = np.concatenate(rows)
         if not len(self._rows):
             raise UserError(f"{tars[0]}: {len(tars)} tar file(s) without an image ({', '.join(SUFFIXES)})")
-        self._decoder = Decoder(channels, size, interpolation)
+        self._decoder = Decoder(wanted)
         self._decoder.settle(self._bytes(*self._rows[0, :3]), self._name(0))
 
     def __len__(self) -> int:

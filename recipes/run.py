@@ -3,7 +3,6 @@
 diffdfkd run fashion output=runs/fashion seed=0
 """
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,6 +108,7 @@ def open_test(
             classes=teacher.classes,
             size=teacher.size,
             interpolation=teacher.interpolation,
+            crop_fraction=teacher.crop_fraction,
         )
         # Said now rather than by the evaluation, hours later.
         if (index := images.first_unlabelled()) is not None:
@@ -170,8 +170,9 @@ def shard_images(folder: RunFolder, rounds: int) -> tuple["Images", str]:
     """Images of the shards of the first rounds, and a digest of their bytes."""
     import hashlib
 
-    from diffdfkd.engine.images import TarImages
+    from diffdfkd.engine.pixels import Wanted
     from diffdfkd.engine.shards import list_shards, round_folder
+    from diffdfkd.engine.tar_images import TarImages
 
     root, teacher = folder.path / "synthetic", folder.recipe.teacher
     tars: list[Path] = []
@@ -180,27 +181,14 @@ def shard_images(folder: RunFolder, rounds: int) -> tuple["Images", str]:
         for sidecar in list_shards(root, round):
             tars.append(round_folder(root, round) / sidecar.shard)
             sha256.update(bytes.fromhex(sidecar.sha256))
-    return TarImages(tars, channels=teacher.channels, classes=teacher.classes), sha256.hexdigest()
+    return TarImages(tars, Wanted(channels=teacher.channels, classes=teacher.classes)), sha256.hexdigest()
 
 
 def save_student(student: "Classifier", path: Path, recipe: Recipe) -> None:
     """Weights with what it takes to use them; equal students give equal bytes."""
-    from diffdfkd.engine.weights import save_classifier
+    from diffdfkd.engine.student_file import write_student
 
-    teacher = recipe.teacher
-    about = {
-        "architecture": recipe.student.architecture,
-        "options": recipe.student.options,
-        "classes": teacher.classes,
-        "channels": teacher.channels,
-        "size": teacher.size,
-        "mean": teacher.mean,
-        "std": teacher.std,
-        "interpolation": teacher.interpolation,
-    }
-    save_classifier(
-        student, path, {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
-    )
+    write_student(student, path, recipe)
 
 
 def publish(snapshot: Path, student: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.images import TarImages, open_images
-from diffdfkd.engine.tar_images import OPEN_FILES, UNLABELLED
+from diffdfkd.engine.images import open_images
+from diffdfkd.engine.tar_images import OPEN_FILES, UNLABELLED, TarImages
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 9, 9), dtype=np.uint8)
 LABELS = np.array([2, 0, 1, 1, 2], dtype=np.uint8)
