@@ -5,6 +5,12 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.mobilenet import mobilenet_v2
+from diffdfkd.engine.options import whole
+from diffdfkd.engine.resnet import resnet18, resnet34
+from diffdfkd.engine.shufflenet import shufflenet_v2
+from diffdfkd.engine.vgg import vgg8, vgg11
+from diffdfkd.engine.wide_resnet import wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -39,12 +45,23 @@ def small_cnn(channels: int, classes: int, width: int = 32, blocks: Sequence[int
 
     The defaults give 335,000 parameters, 8 BatchNorm layers and 12 million multiply-adds for a 28x28 image.
     """
-    if not isinstance(width, int) or width < 1:
-        raise UserError(f"options.width: got {width!r}; a whole number from 1 on")
+    whole("width", width)
     if len(blocks) != 3 or any(not isinstance(count, int) or count < 0 for count in blocks):
         raise UserError(f"options.blocks: got {blocks!r}; three whole numbers from 0 on, such as [1, 2, 1]")
     return SmallCNN(channels, classes, width, blocks)
 
 
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"small_cnn": small_cnn}
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "small_cnn": small_cnn,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "wrn_16_1": wrn_16_1,
+    "wrn_16_2": wrn_16_2,
+    "wrn_40_1": wrn_40_1,
+    "wrn_40_2": wrn_40_2,
+    "vgg8": vgg8,
+    "vgg11": vgg11,
+    "mobilenet_v2": mobilenet_v2,
+    "shufflenet_v2": shufflenet_v2,
+}
 """Name in a recipe -> function of (channels, classes, **options)."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,15 +18,30 @@ from diffdfkd.engine.shards import write_atomic
 if TYPE_CHECKING:
     from diffdfkd.engine.classifier import Classifier
 
+log = logging.getLogger(__name__)
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+"""Entries under which training scripts keep the state dict, beside epoch, accuracy and optimizer."""
+
+PREFIXES = ("module.", "_orig_mod.")
+"""What DataParallel and torch.compile put before every key."""
+
+COUNTER = "num_batches_tracked"
+"""Of a BatchNorm layer; no output depends on it, and state dicts older than PyTorch 0.4.1 have none."""
+
 
 def load_weights(model: nn.Module, path: str | Path, *, field: str) -> None:
     """Load a state dict that fits the model exactly; a pickle is read as plain tensors or not at all.
 
-    Raises UserError that names the file and the first three missing, unknown or mis-shaped keys.
+    Exactly but for the prefixes of DataParallel and torch.compile, which are taken off, and BatchNorm's counters of
+    batches, which may be missing or too many. Raises UserError that names the file and the first three missing,
+    unknown or mis-shaped keys.
     """
     where = f"{field}.weights"
-    state = read_state(Path(path), where)
     expected = model.state_dict()
+    state = without_prefixes(read_state(Path(path), where), set(expected))
+    state = {key: value for key, value in state.items() if key in expected or not key.endswith(f".{COUNTER}")}
+    state |= {key: value for key, value in expected.items() if key.endswith(COUNTER) and key not in state}
     shapes = [key for key in expected if key in state and state[key].shape != expected[key].shape]
     head = next((name for name, layer in reversed(list(model.named_modules())) if isinstance(layer, nn.Linear)), None)
     if shapes and all(key in (f"{head}.weight", f"{head}.bias") for key in shapes):
@@ -55,6 +71,10 @@ def load_weights(model: nn.Module, path: str | Path, *, field: str) -> None:
 
 
 def read_state(path: Path, where: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a pickle that holds a state dict alone or beside other plain data.
+
+    Nothing in a pickle is executed; raises UserError that begins with `where` for all else.
+    """
     if not path.is_file():
         raise UserError(f"{where}: {path}: no such file")
     if path.suffix == ".safetensors":
@@ -69,13 +89,37 @@ def read_state(path: Path, where: str) -> dict[str, Tensor]:
             f"{where}: {path} is neither a safetensors nor a plain torch state dict, and is not executed; "
             "save it with safetensors, or torch.save(model.state_dict(), file)"
         ) from None
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
+    if isinstance(state, dict) and not _is_state(state):
+        for wrapper in WRAPPERS:
+            if _is_state(state.get(wrapper)):
+                log.info("%s: took the entry %s of %s", where, wrapper, path)
+                return dict(state[wrapper])
+    if not _is_state(state):
         held = (
             f"a dict with {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
         )
-        raise UserError(f"{where}: {path} is not a plain state dict but {held}; save the state dict alone")
+        raise UserError(
+            f"{where}: {path} is not a plain state dict but {held}; save the state dict alone, or as one of "
+            f"{', '.join(WRAPPERS)}"
+        )
+    return dict(state)
+
+
+def _is_state(content: object) -> bool:
+    return (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    )
+
+
+def without_prefixes(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
+    """The state dict with the prefixes that all of its keys share taken off, unless the model's own keys have them."""
+    while state and not expected & state.keys():
+        prefix = next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None)
+        if prefix is None:
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 

@@ -88,9 +88,10 @@ def test_pickles_of_plain_state_dicts_are_read_and_others_refused(tmp_path: Path
     torch.save(source.state_dict(), path)
     load_weights(model, path, field="student")
     assert torch.equal(model.weight, source.weight)
-    torch.save({"epoch": 3, "state_dict": source.state_dict()}, path)
-    with pytest.raises(UserError, match="not a plain state dict but a dict with epoch, state_dict"):
-        load_weights(model, path, field="student")
+    for held in ({"epoch": 3, "weights": source.state_dict()}, {}, {"state_dict": {"weight": 3}}):
+        torch.save(held, path)
+        with pytest.raises(UserError, match=rf"not a plain state dict but a dict with {', '.join(held)}"):
+            load_weights(model, path, field="student")
     torch.save(source, path)
     with pytest.raises(UserError, match="is not executed"):
         load_weights(model, path, field="student")
@@ -116,3 +117,45 @@ def test_the_digest_of_a_folder_knows_names_and_contents(tmp_path: Path) -> None
     assert make("e", {"x/1": b"one", "2": b"two", **card}) == whole
     with pytest.raises(UserError, match="no such file or folder"):
         digest(tmp_path / "none")
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 3)
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model_state_dict", "model", "net"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_wrappers_and_prefixes_of_training_scripts_are_taken_off(
+    tmp_path: Path, wrapper: str | None, prefix: str
+) -> None:
+    path, source, model = tmp_path / "weights.pth", Normed(), Normed()
+    state: dict[str, Any] = {prefix + key: value for key, value in source.state_dict().items()}
+    if wrapper:
+        optimizer = torch.optim.SGD(source.parameters(), lr=0.1).state_dict()
+        state = {"epoch": 3, "arch": "wrn40_2", wrapper: state, "best_acc1": 94.87, "optimizer": optimizer}
+    torch.save(state, path)
+    load_weights(model, path, field="teacher")
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_prefix_that_the_model_has_too_stays(tmp_path: Path) -> None:
+    path, source = tmp_path / "weights.safetensors", nn.ModuleDict({"module": nn.Linear(2, 2)})
+    safetensors.torch.save_file(source.state_dict(), path)
+    model = nn.ModuleDict({"module": nn.Linear(2, 2)})
+    load_weights(model, path, field="teacher")
+    assert torch.equal(model["module"].weight, source["module"].weight)
+
+
+def test_counters_of_batches_may_be_missing_or_too_many(tmp_path: Path) -> None:
+    path, source, model = tmp_path / "weights.safetensors", Normed(), Normed()
+    state = source.state_dict()
+    del state["bn.num_batches_tracked"]
+    safetensors.torch.save_file({**state, "gone.num_batches_tracked": torch.tensor(3)}, path)
+    load_weights(model, path, field="teacher")
+    assert torch.equal(model.conv.weight, source.conv.weight) and model.bn.num_batches_tracked == 0
+    del state["bn.running_mean"]
+    safetensors.torch.save_file(state, path)
+    with pytest.raises(UserError, match=r"1 missing \(bn.running_mean\); check teacher.architecture"):
+        load_weights(model, path, field="teacher")
