@@ -158,7 +158,7 @@ def _runner(model: bytes) -> tuple[str, Any]:
         import onnx
         from onnx.reference import ReferenceEvaluator
 
-        evaluator = ReferenceEvaluator(onnx.load_model_from_string(model))
+        evaluator: Any = ReferenceEvaluator(onnx.load_model_from_string(model))
         return f"onnx {onnx.__version__} (reference)", lambda batch: evaluator.run(None, {"images": batch})[0]
     options = onnxruntime.SessionOptions()
     # One thread, in order: the figures enter the file, and are to be the same each time.

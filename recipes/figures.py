@@ -1,15 +1,26 @@
-"""The figures of a run: its last act, ``result.json`` and the report, and what they are taken from."""
+"""The figures of a run: its last act, ``result.json``, the student's files and the report, and their sources."""
 
 import json
 import sys
+import tarfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffdfkd.engine.recipe import Recipe
-from diffdfkd.recipes.run_folder import RunFolder, versions
+from diffdfkd.recipes.export import (
+    complete,
+    export_student,
+    read_result,
+    remake,
+    run_licences,
+    write_card,
+    write_result,
+)
+from diffdfkd.recipes.run_folder import RunFolder, rank, versions
 
 if TYPE_CHECKING:
     from diffdfkd.engine.classifier import Classifier
@@ -26,10 +37,10 @@ def finish(
     progress: bool,
     **more: Any,
 ) -> dict[str, Any]:
-    """Evaluate the student file, write ``result.json`` and the report, return the former."""
+    """Evaluate the student, write its ONNX file and card, ``result.json`` and the report; returns the result."""
     from diffdfkd.engine.evaluation import evaluate
     from diffdfkd.engine.report import write_report
-    from diffdfkd.engine.shards import write_atomic
+    from diffdfkd.engine.weights import digest
 
     recipe = folder.recipe
     evaluation = None
@@ -44,10 +55,14 @@ def finish(
                 device=recipe.device,
                 progress=progress,
             )
-    result = {**figures(folder, evaluation), **more}
+    licences = run_licences(folder.path, recipe, folder.images)
+    with stage(journal, "export", recipe):
+        onnx = export_student(folder.path, recipe, licences, digest(folder.student))
+    result = {**figures(folder, evaluation), "licences": licences, "onnx": onnx, **more}
+    write_card(folder.path, recipe, result)
     # Before the result, so that a kill never leaves the report of an earlier one beside it.
     (folder.path / "report.html").unlink(missing_ok=True)
-    write_atomic(folder.result, (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+    write_result(folder.result, result)
     write_report(folder.path)
     return result
 
@@ -64,27 +79,27 @@ def figures(folder: RunFolder, evaluation: "Evaluation | None") -> dict[str, Any
     """Content of ``result.json``; accuracies are fractions, and None without test images."""
     from diffdfkd.engine.accounts import accounts
     from diffdfkd.engine.journal import read_journal
-    from diffdfkd.engine.shards import list_shards
     from diffdfkd.engine.weights import digest
 
     recipe = folder.recipe
     rows = read_journal(folder.journal)
     account = accounts(rows)
-    root = folder.path / "synthetic"
-    images = dropped = 0
-    for round in range(0 if folder.images else recipe.rounds):
-        for sidecar in list_shards(root, round):
-            images, dropped = images + sidecar.images, dropped + sidecar.dropped
+    by_class, dropped = (Counter[str](), 0) if folder.images else made_images(folder)
     last: dict[str, Any] = next((row for row in reversed(rows) if row["event"] == "distillation"), {})
     return {
         "student_accuracy": evaluation.accuracy if evaluation else None,
+        "accuracy_interval": evaluation.accuracy_interval if evaluation else None,
         "teacher_accuracy": evaluation.teacher_accuracy if evaluation else None,
         "agreement": evaluation.agreement if evaluation else None,
         "calibration_error": evaluation.calibration_error if evaluation else None,
+        "calibration": evaluation.calibration if evaluation else None,
         "per_class": evaluation.per_class if evaluation else None,
+        "per_class_images": evaluation.per_class_images if evaluation else None,
+        "teacher_per_class": evaluation.teacher_per_class if evaluation else None,
         "test_images": evaluation.images if evaluation else None,
-        "images": images or last.get("images"),
+        "images": by_class.total() or last.get("images"),
         "dropped": dropped,
+        "synthetic_per_class": {name: by_class[name] for name in recipe.teacher.classes} if by_class else None,
         "images_per_second": account.images_per_second,
         "synthesis_seconds": account.synthesis_seconds,
         "distillation_seconds": account.distillation_seconds,
@@ -116,11 +131,8 @@ def finished(folder: RunFolder) -> dict[str, Any] | None:
     recipe = folder.recipe
     if folder.grown or not folder.result.is_file() or not folder.student.is_file():
         return None
-    try:
-        result = json.loads(folder.result.read_bytes())
-    except ValueError:  # no JSON: it is written again
-        return None
-    if not isinstance(result, dict) or result.get("student_sha256") != digest(folder.student):
+    result = read_result(folder.result)
+    if result is None or result.get("student_sha256") != digest(folder.student):
         return None
     if result.get("evaluation") != recipe.evaluation.model_dump():
         return None
@@ -132,9 +144,41 @@ def finished(folder: RunFolder) -> dict[str, Any] | None:
         return None
     if plans and not (folder.path / "synthetic" / MANIFEST).is_file():
         write_manifest(folder.path / "synthetic", recipe.rounds)
+    # Of the processes of a launch the first alone writes.
+    if rank() == 0 and not complete(folder.path, result):
+        result = remake(folder.path, recipe, result)
     if not (folder.path / "report.html").is_file():
         write_report(folder.path)
     return result
+
+
+def made_images(folder: RunFolder) -> tuple[Counter[str], int]:
+    """Images of each class in the run's shards, and samples that were dropped."""
+    from diffdfkd.engine.plan import class_labels, shard_plan
+    from diffdfkd.engine.shards import list_shards, round_folder
+
+    recipe, root = folder.recipe, folder.path / "synthetic"
+    classes = recipe.teacher.classes
+    counts, dropped = Counter[str](), 0
+    for round in range(recipe.rounds):
+        plans = {plan.index: plan for plan in shard_plan(recipe, round)}
+        for sidecar in list_shards(root, round):
+            dropped += sidecar.dropped
+            plan = plans.get(sidecar.index)
+            if sidecar.dropped or plan is None:
+                counts.update(_recorded_classes(round_folder(root, round) / sidecar.shard, classes))
+            else:
+                labels = class_labels(recipe.seed, round, plan.first, plan.samples, len(classes))
+                counts.update(classes[label] for label in labels.tolist())
+    return counts, dropped
+
+
+def _recorded_classes(tar: Path, classes: list[str]) -> Iterator[str]:
+    """Class name of each record in a shard."""
+    with tarfile.open(tar, "r:") as shard:
+        for member in shard:
+            if member.name.endswith(".json") and (record := shard.extractfile(member)):
+                yield classes[json.loads(record.read())["class"]]
 
 
 @contextmanager
@@ -172,8 +216,10 @@ def summary(result: dict[str, Any], output: Path) -> str:
     """What a person wants to know when the command is done."""
     lines = []
     if result["student_accuracy"] is not None:
+        low, high = result["accuracy_interval"]
         lines += [
-            f"student   {result['student_accuracy']:.2%} of {result['test_images']:,} real test images",
+            f"student   {result['student_accuracy']:.2%} of {result['test_images']:,} real test images "
+            f"(95 % interval {low:.2%} to {high:.2%})",
             f"teacher   {result['teacher_accuracy']:.2%}, the student agrees with it on {result['agreement']:.2%}",
         ]
     else:
