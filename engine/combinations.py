@@ -12,6 +12,9 @@ from diffdfkd.engine.errors import UserError
 if TYPE_CHECKING:
     from diffdfkd.engine.recipe import GuidanceRecipe, Recipe
 
+MOST_SHARDS = 100_000
+"""Of a run: far above what is of use, far below what fills memory and folders."""
+
 
 def guided_steps(guidance: "GuidanceRecipe", steps: int) -> list[bool]:
     """Per step, whether it is guided: each ``every``-th of those that begin inside the window.
@@ -84,6 +87,13 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
             f"set it to {synthesis.steps - 1} or less, or to 0",
         )
     images = synthesis.images_per_class * len(teacher.classes)
+    shards = -(-images // (synthesis.batch_size * synthesis.batches_per_shard))
+    if shards > MOST_SHARDS:
+        yield (
+            "synthesis.images_per_class",
+            f"{images:,} images would be {shards:,} shards, a file each; at most {MOST_SHARDS:,}: lower it, or raise "
+            "synthesis.batches_per_shard",
+        )
     if recipe.rounds > images:
         yield "rounds", f"got {recipe.rounds} for {images} images; at most one round per image"
     if recipe.rounds > recipe.distillation.steps:

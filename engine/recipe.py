@@ -131,6 +131,13 @@ class GuidanceRecipe(Section):
     every: Count = 1
     """Guide each n-th step of the window."""
 
+    @field_validator("window", mode="before")
+    @classmethod
+    def _two(cls, window: Any) -> Any:
+        if isinstance(window, Sequence) and len(window) != 2:
+            raise ValueError("a window is its start and its end, as in [0.0, 0.8]")
+        return window
+
     @field_validator("window")
     @classmethod
     def _ordered(cls, window: tuple[float, float]) -> tuple[float, float]:
@@ -282,7 +289,7 @@ class Recipe(Section):
     """Folder of the run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Annotated[int, Field(ge=1)] | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads; all cores by default. Frozen into the run, since results depend on it in the last bit."""
 
     @field_validator("prior", mode="before")

@@ -5,7 +5,6 @@ What the fields are and what they allow is in `diffdfkd.engine.recipe`; nothing 
 
 import difflib
 import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,19 +14,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe_yaml import parse_yaml
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
 
 PATHS = ("prior.path", "teacher.weights", "student.weights", "evaluation.images", "evaluation.labels")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-3 is a number, which YAML 1.1 reads as a string for want of a dot."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+"), list("+-.0123456789")
-)
 
 
 def read_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -60,13 +51,17 @@ def repeating_command(images: str | None) -> str:
 def find_recipe(source: str | Path) -> Path:
     """File of a packaged recipe's name or of a path; raises UserError with the nearest names."""
     path = Path(source)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"{path}: no such recipe file")
-        return path
+    is_yaml = path.suffix in (".yaml", ".yml")
     packaged = CONFIGS / f"{source}.yaml"
-    if packaged.is_file() and packaged.parent == CONFIGS:
+    if not is_yaml and packaged.is_file() and packaged.parent == CONFIGS:
         return packaged
+    if path.is_dir():
+        inside = path / "recipe.yaml"
+        raise UserError(f"{path}: a folder; give {inside if inside.is_file() else 'a .yaml file'}")
+    if is_yaml:
+        if not path.exists():
+            raise UserError(f"{path}: no such recipe file; give a .yaml file, or the name of a packaged recipe")
+        return path
     names = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
     near = difflib.get_close_matches(str(source), names, n=3, cutoff=0.4) or names
     raise UserError(f"{source}: no recipe of this name; there are {', '.join(near)}, or give a .yaml file")
@@ -74,11 +69,15 @@ def find_recipe(source: str | Path) -> Path:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a YAML file: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a .yaml file that can") from None
+    content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a recipe is a mapping of fields, this is {type(content).__name__}")
+        kind = "empty" if content is None else f"a {type(content).__name__}"
+        raise UserError(f"{path}: a recipe is a mapping of fields, this is {kind}; give it prior, teacher and student")
     return content
 
 
@@ -96,14 +95,14 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
 
 def _override(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise UserError(f"{override}: an override is key=value, such as synthesis.steps=20")
     if key == "synthesis.prompt":
         value: Any = text
     elif key in ("output", "prior", *PATHS) and not text.startswith("{"):
         value = _text(text)
     else:
-        value = _value(text)
+        value = _value(text, override)
     *sections, last = key.split(".")
     node = content
     for depth, section in enumerate(sections):
@@ -111,7 +110,8 @@ def _override(content: dict[str, Any], override: str) -> None:
         if section == "prior" and isinstance(child, str):
             child = node[section] = {"path": child}
         if not isinstance(child, dict):
-            raise UserError(f"{override}: {'.'.join(sections[: depth + 1])} is a value, not a section")
+            value = ".".join(sections[: depth + 1])
+            raise UserError(f"{override}: {value} is a value, not a section; give {value}=...")
         node = child
     node[last] = value
 
@@ -123,11 +123,12 @@ def _text(text: str) -> str | None:
     return str(Path(text).expanduser()) if text.startswith("~/") else text
 
 
-def _value(text: str) -> Any:
+def _value(text: str, override: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError:
-        return text
+        yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        return text  # no YAML, such as a name that begins with an @: the field says whether a text will do
+    return parse_yaml(text, override)
 
 
 def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
@@ -154,5 +155,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{field}: unknown field; {hint}: {', '.join(allowed)}"
     if first["type"] == "missing":
         return f"{field}: missing; add it to the recipe or give {field}=..."
+    if first["type"] == "model_type":
+        example = f"{field}.{next(iter(_fields(model, (*first['loc'], ''))), '...')}"
+        return f"{field}: got {given}; this is a section, whose fields are given one by one, as in {example}=..."
     message = first["msg"].removeprefix("Value error, ")
     return f"{field}: got {given}; {message[0].lower()}{message[1:]}"
