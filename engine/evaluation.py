@@ -11,6 +11,7 @@ from tqdm import tqdm
 from diffdfkd.engine.classifier import Classifier
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.images import Images
+from diffdfkd.engine.memory import fitting
 
 BINS = 15
 NORMAL_95 = 1.959963984540054
@@ -108,13 +109,14 @@ def evaluate(
         for start in tqdm(range(0, len(images), batch_size), "evaluating", unit="batch", disable=not progress):
             pixels, labels = images.read(range(start, min(start + batch_size, len(images))))
             _check_labels(labels, start, count)
-            batch = pixels.to(device).float() / 255
-            confidence, predicted = _predict(student, batch, "student")
+            with fitting("evaluation.batch_size", f"a batch of {len(labels):,} images", "give a smaller one"):
+                batch = pixels.to(device).float() / 255
+                confidence, predicted = _predict(student, batch, "student")
+                judged = None if teacher is None else _predict(teacher, batch, "teacher")[1]
             confusion += torch.bincount(labels * count + predicted, minlength=count * count)
             confidences.append(confidence)
             corrects.append(predicted == labels)
-            if teacher is not None:
-                _, judged = _predict(teacher, batch, "teacher")
+            if judged is not None:
                 agreed += int((judged == predicted).sum())
                 teacher_right += torch.bincount(labels[judged == labels], minlength=count)
     finally:

@@ -1,6 +1,7 @@
 """From sample ids and classes to images in bytes: one batch of the guided sampler, decoded, resized and encoded."""
 
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from diffdfkd.engine.classifier import Classifier, convert_channels
 from diffdfkd.engine.cutmix import CutMixPlan, plan_cutmix
+from diffdfkd.engine.memory import fitting, machine_memory, refuse_more
 from diffdfkd.engine.plan import SAMPLES_PER_ROUND, ShardPlan, class_labels, sample_ids, weights_digest
 from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.recipe import Recipe
@@ -26,6 +28,8 @@ from diffdfkd.kernels.philox import INITIAL_NOISE, philox_normal
 LOSSES = ("total", "class", "batchnorm", "adversarial")
 LATENT_PIXELS_AT_ONCE = 2**16
 """Decoded together, 16 latents of 64x64; a constant, since the split may show in an image's last bit."""
+
+SMALLER = "give a smaller one, in another output folder if this holds shards: they stay, and keep their batch size"
 
 
 @dataclass
@@ -94,7 +98,14 @@ class Painter:
             self.taps.remove()
 
     def paint(self, ids: Tensor, classes: Tensor, *, guided: bool = True, mixed: bool = True) -> Painting:
-        """Samples of the ids [B] and classes [B] int64; optionally without guidance or without CutMix."""
+        """Samples of the ids [B] and classes [B] int64; optionally without guidance or without CutMix.
+
+        Raises UserError where the batch does not fit into memory.
+        """
+        with fitting("synthesis.batch_size", f"a batch of {len(ids):,} images on the {self.device.type}", SMALLER):
+            return self._paint(ids, classes, guided, mixed)
+
+    def _paint(self, ids: Tensor, classes: Tensor, guided: bool, mixed: bool) -> Painting:
         recipe = self.recipe
         ids, classes = ids.to(self.device), classes.to(self.device)
         guidance, cutmix = recipe.guidance, recipe.cutmix
@@ -151,6 +162,7 @@ class Painter:
         """The shard's samples in order, None for a dropped one; ``painted`` is told of each batch."""
         synthesis, classes = self.recipe.synthesis, len(self.recipe.teacher.classes)
         end = plan.first + plan.samples
+        self._refuse_more(min(synthesis.batch_size, plan.samples))
         for first in range(plan.first, end, synthesis.batch_size):
             count = min(synthesis.batch_size, end - first)
             ids = sample_ids(self.round, first, count)
@@ -164,6 +176,13 @@ class Painter:
                 image = encode(painting.images[i], synthesis.format)
                 key = f"{self.round:03d}-{id % SAMPLES_PER_ROUND:08d}"
                 yield Sample(key, image, self._record(painting, i, id, label), synthesis.format)
+
+    def _refuse_more(self, batch: int) -> None:
+        """UserError for a batch whose latents and images alone are more than all memory, before any is taken."""
+        values = 4 * math.prod(self.prior.latent_shape) + self.prior.channels * math.prod(self.prior.image_size)
+        gpu = self.device.type == "cuda"
+        there = torch.cuda.get_device_properties(self.device).total_memory if gpu else machine_memory()
+        refuse_more("synthesis.batch_size", f"a batch of {batch:,} images", 4 * values * batch, there, SMALLER)
 
     def _record(self, painting: Painting, i: int, id: int, label: int) -> dict[str, Any]:
         record: dict[str, Any] = {

@@ -188,7 +188,7 @@ DEEPSPEED_KEYS = (
 class DistillationRecipe(Section):
     steps: Count = 1500
     """Optimizer steps over all rounds."""
-    batch_size: Count = 128
+    batch_size: Annotated[int, Field(ge=1, le=2**20)] = 128
     """Global batch, over all processes."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
     learning_rate: Positive = 2e-3

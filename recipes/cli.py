@@ -1,7 +1,7 @@
 """The command line ``diffdfkd``: thin, fast to start, one line for a mistake.
 
-Exit codes: 0 done, 1 an unexpected error with its traceback, 2 bad input, 3 a check or a dry run found something to
-mend, 130 interrupted.
+Exit codes: 0 done, 1 an unexpected error, 2 bad input, 3 a check or a dry run found something to mend, 130 interrupted.
+docs/errors.md says more.
 """
 
 import os
@@ -320,6 +320,11 @@ def main(arguments: list[str] | None = None) -> None:
         code = complain(f"{error.format_message()} (diffdfkd --help explains)")
     except KeyboardInterrupt:
         code = 130
+    except Exception as error:  # nobody's input is known to be at fault: no code 2, and still no page of traceback
+        if debug:
+            raise
+        complain(f"unexpected {type(error).__name__}: {error}"[:500] + "; run again with --debug for the traceback")
+        code = 1
     if code == 130:
         print("interrupted; the same command resumes", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,73 @@
+"""Memory that runs out: told from other errors, and turned into a line about the field that asks for less.
+
+On a CPU the system would rather end the process than refuse it memory; a bound on the process makes it refuse.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffdfkd.engine.errors import UserError
+
+SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED", "a memory object")
+"""How torch, oneDNN, cuBLAS and the C++ library put it where they raise a plain RuntimeError."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether memory ran out, be it the machine's or a GPU's (``torch.OutOfMemoryError`` is a RuntimeError)."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+
+
+@contextmanager
+def fitting(field: str, tried: str, cure: str) -> Iterator[None]:
+    """Turn an error of the block that says that memory ran out into a UserError about the field."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        said = " ".join(str(error).split()).partition(" If reserved but unallocated")[0]
+        # "[enforce fail at alloc_cpu.cpp:128] err == 0. " says nothing to a user.
+        said = said.rpartition("err == 0. ")[2][:200].rstrip(". ") or type(error).__name__
+        raise UserError(f"{field}: {tried} does not fit into memory ({said}); {cure}") from error
+
+
+def refuse_more(field: str, tried: str, needed: int, there: int | None, cure: str) -> None:
+    """UserError where the least that something needs is more bytes than there are; for what would take all of them."""
+    if there is not None and needed > there:
+        raise UserError(
+            f"{field}: {tried} needs {needed / 2**30:,.0f} GiB of memory at the very least, and there are "
+            f"{there / 2**30:,.0f} GiB; {cure}"
+        )
+
+
+def machine_memory() -> int | None:
+    """Bytes of memory and swap that this process may come to use, by the machine and its container; None if unknown."""
+    try:
+        entries = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found = sum(int(entries[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
+    except (OSError, ValueError, KeyError):
+        return None
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found = min(found, int(Path(file).read_text()))
+        except (OSError, ValueError):  # another version of control groups, or "max"
+            continue
+    return found
+
+
+def bound_memory() -> None:
+    """Let allocations fail, for this process, where the machine's memory ends: an error can be told, a kill cannot.
+
+    Without it Linux promises more than there is and ends the process when it is used. Only ever lowers the limit.
+    """
+    there = machine_memory()
+    if there is None:
+        return
+    import resource  # which Windows lacks
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    lowest = min(limit for limit in (soft, hard, there) if limit != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_DATA, (lowest, hard))
