@@ -79,7 +79,8 @@ def _gpu(gpu: Mapping[str, Any]) -> Iterable[str]:
         yield _line(
             "GPU",
             f"{device['name']}, {_gib(device['memory'])} ({_gib(device['free'])} free), compute capability "
-            f"{device['compute_capability']}, driver {gpu['driver'] or 'unknown'}, torch for CUDA {gpu['cuda_of_torch']}",
+            f"{device['compute_capability']}, driver {gpu['driver'] or 'unknown'}, torch for CUDA "
+            f"{gpu['cuda_of_torch']}",
         )
     if gpu["missing"]:
         yield _line(
@@ -116,7 +117,7 @@ def _extra(name: str, extra: Mapping[str, Any]) -> Iterable[str]:
     yield from textwrap.wrap(
         f"brings {extra['brings']}; {extra['used']}", WIDTH, initial_indent="    ", subsequent_indent="      "
     )
-    if not extra["installed"]:
+    if not all(entry["fits"] for entry in extra["packages"]):
         # Never wrapped, since it is there to be copied.
         yield f"    {extra['install']}"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-PROBE_SECONDS = 20
+PROBE_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ EXTRAS: dict[str, Extra] = {
         needs_gpu=True,
     ),
     "tensorrt-rtx": Extra(
-        brings="the same for GeForce RTX cards, with engines that can be built without a GPU",
+        brings="the same for GeForce RTX cards; its engines can be built without a GPU",
         used=f"{PLANNED}: planned",
         probe="import tensorrt_rtx as trt; trt.Builder(trt.Logger(trt.Logger.ERROR))",
         needs_gpu=True,
     ),
     "onnxruntime": Extra(
-        brings="runs an exported student without torch; faster UNets on CPUs",
-        used="checks student.onnx against the network (diffdfkd export); UNets through it are planned",
+        brings="a way to run student.onnx without torch, and faster UNets on CPUs",
+        used="checks student.onnx against the network; UNets through it are planned",
         probe="import onnxruntime; assert 'CPUExecutionProvider' in onnxruntime.get_available_providers()",
     ),
     "onnxruntime-gpu": Extra(
@@ -74,8 +74,8 @@ EXTRAS: dict[str, Extra] = {
         probe="import timm",
     ),
     "assets": Extra(
-        brings="draws the demo's icons again (python -m diffdfkd.recipes.render_icons)",
-        used="used by that command alone",
+        brings="the demo's icons drawn again, by python -m diffdfkd.recipes.render_icons",
+        used="used by that alone",
         probe="import resvg_py",
     ),
     "test": Extra(

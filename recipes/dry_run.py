@@ -1,0 +1,177 @@
+"""The plan of a run and what is missing for it, before anything is made: ``diffdfkd run RECIPE --dry-run``."""
+
+import json
+import os
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffdfkd.engine.combinations import guided_steps, round_samples
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe import Recipe
+from diffdfkd.recipes.inventory import Item, prior_folder, student, take_stock
+
+WIDTH = 100
+
+
+def dry_run(recipe: Recipe) -> tuple[str, bool]:
+    """(text, whether nothing is missing): what is known of the recipe, what there is, what is missing, and the plan.
+
+    Writes and fetches nothing; networks are built and weights loaded on the CPU only. Raises UserError for what is
+    there and wrong, as the run itself would.
+    """
+    items = list(take_stock(recipe))
+    device, problem = _machine(recipe)
+    if problem:
+        items.append(Item("device", None, problem))
+    missing = [item for item in items if item.found is None]
+    lines = [*_about(recipe), *_stock(items), *_plan(recipe, device), ""]
+    if missing:
+        names = ", ".join(item.name for item in missing)
+        lines.append(_entry("MISSING", f"{names}; nothing was made or fetched"))
+    else:
+        lines.append(_entry("ready", "nothing is missing; the same command without --dry-run starts the run"))
+    return "\n".join(lines), not missing
+
+
+def _about(recipe: Recipe) -> Iterator[str]:
+    about = recipe.about.model_dump(exclude={"prior", "teacher", "images"}, exclude_none=True)
+    for name, text in about.items():
+        yield _entry(name, text)
+    if about:
+        yield ""
+
+
+def _stock(items: list[Item]) -> Iterator[str]:
+    for item in items:
+        yield _entry(item.name, item.found if item.found is not None else f"MISSING: {item.missing}")
+        if item.command is not None:
+            # Never wrapped, since it is there to be copied.
+            yield f"{'':20}{item.command}"
+    yield ""
+
+
+def _machine(recipe: Recipe) -> tuple[str, str | None]:
+    """The device and threads that a run would take, in words, and what keeps it from doing so."""
+    from diffdfkd.recipes.run_folder import settle_machine
+
+    try:
+        settled = settle_machine(recipe)
+    except UserError as error:
+        return recipe.device, str(error)
+    note = ""
+    if settled.device == "cpu" and recipe.prior.dtype == "float16":
+        note = "; prior.dtype=float32 is the faster and safer arithmetic on a CPU"
+    return f"{settled.device}, {settled.threads} CPU thread{'s' if settled.threads != 1 else ''}{note}", None
+
+
+def _plan(recipe: Recipe, device: str) -> Iterator[str]:
+    from diffdfkd.engine.plan import shard_plan
+
+    synthesis, distillation = recipe.synthesis, recipe.distillation
+    images = sum(round_samples(recipe, round) for round in range(recipe.rounds))
+    shards = [plan for round in range(recipe.rounds) for plan in shard_plan(recipe, round)]
+    batches = sum(-(-plan.samples // synthesis.batch_size) for plan in shards)
+    yield _entry("device", device)
+    yield _entry(
+        "images",
+        f"{images:,} of {len(recipe.teacher.classes)} classes, {synthesis.images_per_class:,} each, in "
+        f"{_many(recipe.rounds, 'round')}, {_many(len(shards), 'shard')}, {_many(batches, 'batch')} of at most "
+        f"{synthesis.batch_size}",
+    )
+    yield _entry("UNet", _unet(recipe, images))
+    yield _entry("guidance", _guidance(recipe, images))
+    epochs = distillation.steps * distillation.batch_size / images
+    yield _entry(
+        "distillation",
+        f"{distillation.steps:,} steps of {distillation.batch_size}, {epochs:,.1f} times through all images; "
+        f"{distillation.optimizer}, learning rate {distillation.learning_rate:g}, temperature "
+        f"{distillation.temperature:g}",
+    )
+    yield _entry("disk", _disk(recipe, images, len(shards)))
+
+
+def _unet(recipe: Recipe, images: int) -> str:
+    """Evaluations of the UNet, counted per image: a batch of classifier-free guidance is two for each."""
+    synthesis, guidance = recipe.synthesis, recipe.guidance
+    guided = sum(guided_steps(guidance, synthesis.steps))
+    again = guided if guidance.mode == "exact" else 0
+    halves = 2 if synthesis.guidance_scale != 1 and not _knows_scale(recipe) else 1
+    count = (synthesis.steps + again) * halves
+    terms = [f"{synthesis.steps} steps of {synthesis.sampler}"]
+    if again:
+        terms.append(f"{again} second calls (guidance.mode=exact)")
+    doubled = f", each twice for classifier-free guidance {synthesis.guidance_scale:g}" if halves == 2 else ""
+    backward = ""
+    if guidance.mode in ("exact", "reuse"):
+        backward = f"; {guided * halves} of an image's calls with a backward pass"
+    return f"{' and '.join(terms)}{doubled}: {count} calls an image, {count * images:,} in all{backward}"
+
+
+def _knows_scale(recipe: Recipe) -> bool:
+    """Whether the UNet is told the guidance scale, and so needs no second half."""
+    folder = prior_folder(recipe)
+    file = None if folder is None else folder / "unet" / "config.json"
+    return file is not None and file.is_file() and bool(json.loads(file.read_text()).get("time_cond_proj_dim"))
+
+
+def _guidance(recipe: Recipe, images: int) -> str:
+    guidance, steps = recipe.guidance, recipe.synthesis.steps
+    if guidance.mode == "none":
+        return "none"
+    guided = sum(guided_steps(guidance, steps))
+    weights = {
+        "class": guidance.class_weight,
+        "BatchNorm": guidance.batchnorm_weight,
+        "adversarial": guidance.adversarial_weight,
+    }
+    terms = ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight > 0)
+    mix = recipe.cutmix
+    mixed = f"; latent CutMix after each {mix.every}. step ({mix.partner})" if mix.every else ""
+    return (
+        f"{guidance.mode}, {guided} of {steps} steps, each a gradient through decoder and teacher: "
+        f"{guided * images:,} in all; {terms}; rho {guidance.rho:g} {guidance.rho_rule}{mixed}"
+    )
+
+
+def _disk(recipe: Recipe, images: int, shards: int) -> str:
+    """Files and, from above, bytes: raw pixels for an image, two tar headers and its record beside it."""
+    from diffdfkd.engine.painter import saved_size
+
+    pixels = saved_size(recipe) ** 2 * recipe.teacher.channels
+    synthetic = images * (pixels + 3072) + shards * 16_384
+    weights = 4 * sum(tensor.numel() for tensor in student(recipe).state_dict().values())
+    moments = 2 if recipe.distillation.optimizer == "adamw" else 1
+    # A checkpoint is complete before the one before it goes; a snapshot after each round, and the student itself.
+    training = weights * (recipe.rounds + 1) + 2 * weights * (2 + moments)
+    total = synthetic + training
+    folder = Path(recipe.output).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    status = os.statvfs(there)
+    free = status.f_bavail * status.f_frsize
+    short = "" if free > total else ", which is TOO LITTLE"
+    return (
+        f"at most about {_size(synthetic)} of images in {shards:,} .tar and {shards:,} .json, {_size(training)} of "
+        f"students and checkpoints, and a few MB of report and curves; {_size(free)} free{short}"
+    )
+
+
+def _many(count: int, word: str) -> str:
+    plural = f"{word}es" if word.endswith("ch") else f"{word}s"
+    return f"{count:,} {word if count == 1 else plural}"
+
+
+def _size(size: float) -> str:
+    scale, unit = next(((10**n, unit) for n, unit in ((9, "GB"), (6, "MB")) if size >= 10**n), (1000, "kB"))
+    return f"{size / scale:,.1f} {unit}"
+
+
+def _entry(name: str, text: str) -> str:
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=f"{name:<19} ",
+        subsequent_indent=" " * 20,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
