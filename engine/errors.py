@@ -1,7 +1,14 @@
 """The one error a user is meant to read."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+FILE_AT_FAULT = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+)
+"""What the system says of a disk or file that is full, locked, broken or of the wrong kind."""
 
 
 class UserError(Exception):

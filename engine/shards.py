@@ -77,7 +77,10 @@ def shard_path(folder: Path, index: int) -> Path:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Binary stream whose content appears under ``path`` whole or not at all, and survives a power cut once it does."""
+    """Binary stream whose content appears under ``path`` whole or not at all, and survives a power cut once it does.
+
+    An OSError of its own writing, such as a full disk, carries the file's name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -86,8 +89,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.errors import FILE_AT_FAULT, UserError
 from diffdfkd.engine.recipe import load_recipe
 from diffdfkd.recipes.command import complain
 
@@ -320,14 +320,21 @@ def main(arguments: list[str] | None = None) -> None:
         code = complain(f"{error.format_message()} (diffdfkd --help explains)")
     except KeyboardInterrupt:
         code = 130
-    except Exception as error:  # nobody's input is known to be at fault: no code 2, and still no page of traceback
+    except Exception as error:
         if debug:
             raise
-        complain(f"unexpected {type(error).__name__}: {error}"[:500] + "; run again with --debug for the traceback")
-        code = 1
+        code = _unforeseen(error)
     if code == 130:
         print("interrupted; the same command resumes", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _unforeseen(error: Exception) -> int:
+    """One line for an error that nobody made ready for a user; its exit code: 1 where no input is known to be bad."""
+    if isinstance(error, OSError) and error.filename is not None and error.errno in FILE_AT_FAULT:
+        return complain(f"{error.filename}: {error.strerror}; check the path, its permissions and the room on its disk")
+    complain(f"unexpected {type(error).__name__}: {error}"[:500] + "; run again with --debug for the traceback")
+    return 1
 
 
 def _own(arguments: list[str]) -> list[str]:

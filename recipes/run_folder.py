@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.errors import FILE_AT_FAULT, UserError
 from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
 from diffdfkd.engine.recipe_file import repeating_command
 
@@ -118,6 +118,14 @@ def claim(recipe: Recipe, *, prior: bool = True, images: Path | None = None) -> 
         if rank() == 0:
             _lock(lock, folder)
         yield _settle(recipe, folder, prior, images)
+    except OSError as error:
+        file = Path(error.filename or folder)
+        if error.errno not in FILE_AT_FAULT or not file.is_relative_to(folder):
+            raise
+        raise UserError(
+            f"output: {file} cannot be written ({error.strerror}); make room, or let it be written, and give the "
+            "command again: it goes on from what is finished"
+        ) from error
     finally:
         os.close(lock)
 
