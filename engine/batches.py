@@ -97,10 +97,15 @@ class Batches:
         before = np.searchsorted(self.held - np.arange(len(self.held)), ranks.numpy(), side="right")
         return ranks + torch.from_numpy(before)
 
-    def read(self, step: int) -> Tensor:
-        """This rank's images, uint8 [batch_size / world_size, C, H, W]."""
-        share = self.batch_size // self.world_size
-        return self.read_images(self.indices(step)[self.rank * share : (self.rank + 1) * share])
+    def share(self, step: int) -> Tensor:
+        """This rank's images [batch_size / world_size] of the global batch."""
+        images = self.batch_size // self.world_size
+        return self.indices(step)[self.rank * images : (self.rank + 1) * images]
+
+    def read(self, step: int) -> tuple[Tensor, Tensor]:
+        """This rank's indices [n] and images uint8 [n,C,H,W], n = batch_size / world_size."""
+        indices = self.share(step)
+        return indices, self.read_images(indices)
 
     def read_images(self, indices: Tensor) -> Tensor:
         """Images at these indices, uint8 [n,C,H,W], from the cache where it holds them."""
@@ -122,17 +127,17 @@ class Batches:
             self._cached[indices[kept]] = True
         return pixels
 
-    def stream(self, first: int, last: int) -> Iterator[Tensor]:
+    def stream(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """`read` of the steps from `first` up to `last`, which is not included, each read during the step before."""
         if first >= last:
             return
         with ThreadPoolExecutor(1) as reader:
             coming = reader.submit(self.read, first)
             for step in range(first, last):
-                pixels = coming.result()
+                batch = coming.result()
                 if step + 1 < last:
                     coming = reader.submit(self.read, step + 1)
-                yield pixels
+                yield batch
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch != self._epoch:

@@ -4,16 +4,16 @@ One process by itself, or as many as ``torchrun`` or the DeepSpeed launcher star
 """
 
 import hashlib
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffdfkd.engine.augmentation import augment
@@ -33,11 +33,15 @@ from diffdfkd.engine.deepspeed_engine import (
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.images import Images
 from diffdfkd.engine.journal import Journal
+from diffdfkd.engine.logits import Logits, Part, answers, folder_parts, keep_logits, to_float, uses_cache
 from diffdfkd.engine.losses import kd_loss
+from diffdfkd.engine.memory import fitting
 from diffdfkd.engine.recipe import DistillationRecipe
 from diffdfkd.engine.shards import canonical_json
 
 REPORT_EVERY = 25
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ def distill(
     seed: int,
     until_step: int | None = None,
     data_digest: str,
+    parts: Sequence[Part] | None = None,
     journal: Journal,
     device: torch.device | str,
     progress: bool = True,
@@ -75,10 +80,12 @@ def distill(
     Continues from the checkpoint under ``output/checkpoints`` if that was made by the same recipe on the images of
     `data_digest`, or, with other images, if it stands where `student` stands: so each round calls with the student
     that the round before left. What is decided is journalled as event ``distill_start``, the curve as ``distill``.
+    `parts` are the files that the teacher's answers are kept in, where they are; by default under ``output/logits``.
     Raises UserError for impossible settings, a checkpoint that cannot be read and a loss that is not finite.
     """
     begin = time.perf_counter()
     until = recipe.steps if until_step is None else min(until_step, recipe.steps)
+    cached, why = uses_cache(recipe, len(images))
     folder = Path(output) / "checkpoints"
     with training_processes(torch.device(device)) as place, _own_random_state(place.device):
         batches = Batches(
@@ -109,6 +116,8 @@ def distill(
                 load(engine, folder, found)
                 start, loss = found.step, found.loss
             if place.rank == 0:
+                if cached and recipe.augmentation:
+                    log.warning("distillation.teacher_logits=cached, %s", why)
                 journal.log(
                     "distill_start",
                     reason=reason,
@@ -117,11 +126,30 @@ def distill(
                     images=len(images),
                     holdout=recipe.holdout,
                     processes=place.processes,
+                    teacher_logits="cached" if cached else "computed",
+                    teacher_logits_reason=why,
                 )
             state = State(step=start, recipe=digest, processes=place.processes, history=history, loss=loss)
             speed = 0.0
             if start < until:
-                state, speed = _train(engine, teacher, batches, recipe, place, folder, state, until, journal, progress)
+                logits = None
+                if cached:
+                    logits = keep_logits(
+                        teacher,
+                        images,
+                        parts or folder_parts(Path(output) / "logits", len(images), data_digest),
+                        dtype=recipe.dtype,
+                        device=place.device,
+                        rank=place.rank,
+                        processes=place.processes,
+                        journal=journal,
+                        progress=progress,
+                    )
+                share = f"a batch of {recipe.batch_size // place.processes:,} images on the {place.device.type}"
+                with fitting("distillation.batch_size", share, "give a smaller one; images and checkpoints stay"):
+                    state, speed = _train(
+                        engine, teacher, logits, batches, recipe, place, folder, state, until, journal, progress
+                    )
             student.load_state_dict(gathered_weights(engine))
         finally:
             engine.destroy()
@@ -172,6 +200,7 @@ def _own_random_state(device: torch.device) -> Iterator[None]:
 def _train(
     engine: Any,
     teacher: Classifier,
+    logits: Logits | None,
     batches: Batches,
     recipe: DistillationRecipe,
     place: Place,
@@ -194,16 +223,19 @@ def _train(
         disable=None if progress and place.rank == 0 else True,
     )
     with bar:
-        for step, pixels in enumerate(batches.stream(start, until), start):
+        for step, (indices, pixels) in enumerate(batches.stream(start, until), start):
             rate = learning_rate(recipe, step)
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
             # Dropout draws from the global state, which is the caller's and is put back at the end.
             torch.manual_seed(derive_seed(batches.seed, "step", step, place.rank))
             generator.manual_seed(derive_seed(batches.seed, "augmentation", step, place.rank))
-            images = augment(_to_float(pixels, place.device), recipe.augmentation, generator)
+            images = augment(to_float(pixels, place.device), recipe.augmentation, generator)
             images = images.contiguous(memory_format=torch.channels_last)
-            targets = _answers(teacher, images, recipe.dtype)
+            if logits is None:
+                targets = answers(teacher, images, recipe.dtype)
+            else:
+                targets = logits.read(indices).to(place.device, non_blocking=True)
             loss = kd_loss(engine(images), targets, recipe.temperature)
             engine.backward(loss)
             engine.step()
@@ -237,16 +269,6 @@ def _report(loss: float, rate: float, step: int, place: Place, journal: Journal)
         journal.scalar("distill/learning_rate", rate, step)
 
 
-def _to_float(pixels: Tensor, device: torch.device) -> Tensor:
-    return pixels.to(device, non_blocking=True).float() / 255
-
-
-def _answers(teacher: nn.Module, images: Tensor, dtype: str) -> Tensor:
-    low = dtype == "bfloat16"
-    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=low):
-        return teacher(images)
-
-
 @torch.no_grad()
 def _agreement(
     student: Classifier, teacher: Classifier, batches: Batches, batch_size: int, device: torch.device
@@ -255,7 +277,7 @@ def _agreement(
     student.to(device).eval()
     same = 0
     for part in torch.from_numpy(batches.held).split(batch_size):
-        images = _to_float(batches.read_images(part), device).contiguous(memory_format=torch.channels_last)
+        images = to_float(batches.read_images(part), device).contiguous(memory_format=torch.channels_last)
         same += int((student(images).argmax(1) == teacher(images).argmax(1)).sum())
     student.train(training)
     return same / len(batches.held)

@@ -80,7 +80,10 @@ def _labels(
 def _lines(file: Path) -> list[str]:
     try:
         return file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        cure = "for a folder of images it is a list of lines `file label`, or null where sub-folders are the classes"
+        raise UserError(f"{file}: no such file; {cure}") from None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror}); let it be read, or give another") from None
     except UnicodeDecodeError:
         raise UserError(f"{file}: not a text file; give the list of images and their labels") from None

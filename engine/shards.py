@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Literal
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 MANIFEST = "manifest.jsonl"
-SIDECAR = re.compile(r"shard-(\d{5,})\.json")
+SIDECAR = re.compile(r"shard-\d{5,}\.json")
 TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 """Names that `atomic_file` gives, and hardly anyone else: what has such a name may be deleted."""
 
@@ -73,6 +73,17 @@ def round_folder(root: Path, round: int) -> Path:
 def shard_path(folder: Path, index: int) -> Path:
     """The tar of a shard in its round's folder; the sidecar stands beside it with the suffix ``.json``."""
     return folder / f"shard-{index:05d}.tar"
+
+
+def logits_path(folder: Path, index: int) -> Path:
+    """Beside a shard, the teacher's answers to its images: no part of the data set, and made again at any time."""
+    return shard_path(folder, index).with_suffix(".logits.safetensors")
+
+
+def number_in(name: str) -> int | None:
+    """Number at the end of a shard's or round's name without its suffix; None for a name that we do not give."""
+    number = name.rpartition("-")[2]
+    return int(number) if number.isascii() and number.isdecimal() else None
 
 
 @contextmanager
@@ -201,7 +212,7 @@ def read_sidecar(path: Path) -> Sidecar:
 def verify_shard(path: Path) -> Sidecar:
     """Sidecar of the tar at ``path`` after comparing place, size and SHA-256; raises DamagedShard with the reason."""
     sidecar = read_sidecar(path)
-    if (sidecar.shard, sidecar.round) != (path.name, int(path.parent.name.rpartition("-")[2])):
+    if (sidecar.shard, sidecar.round) != (path.name, number_in(path.parent.name)):
         raise DamagedShard(f"its sidecar belongs to round {sidecar.round}, {sidecar.shard}")
     try:
         size = path.stat().st_size
@@ -221,8 +232,8 @@ def list_shards(root: Path, round: int) -> Iterator[Sidecar]:
 
     Raises DamagedShard for a broken one. Files of other names are none of ours.
     """
-    found = (SIDECAR.fullmatch(path.name) for path in round_folder(root, round).glob("shard-*.json"))
-    for index in sorted(int(match[1]) for match in found if match):
+    found = [path for path in round_folder(root, round).glob("shard-*.json") if SIDECAR.fullmatch(path.name)]
+    for index in sorted(number for path in found if (number := number_in(path.stem)) is not None):
         yield read_sidecar(shard_path(round_folder(root, round), index))
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,14 +126,18 @@ def without_prefixes(state: dict[str, Tensor], expected: set[str]) -> dict[str, 
 
 def save_classifier(classifier: "Classifier", path: str | Path, metadata: dict[str, str]) -> None:
     """Write the network's state dict as safetensors; equal weights and metadata give equal bytes."""
-    state = {key: value.detach().cpu().contiguous() for key, value in classifier.model.state_dict().items()}
-    content = safetensors.torch.save(state)
+    write_atomic(Path(path), stable_safetensors(classifier.model.state_dict(), metadata))
+
+
+def stable_safetensors(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file of the tensors; equal tensors and metadata give equal bytes."""
+    content = safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in state.items()})
     # safetensors writes its own metadata in hash order: we put ours into the header, sorted.
     length = int.from_bytes(content[:8], "little")
     header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8 : 8 + length])}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (math.ceil(len(text) / 8) * 8 - len(text))
-    write_atomic(Path(path), len(text).to_bytes(8, "little") + text + content[8 + length :])
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def digest(path: str | Path) -> str:

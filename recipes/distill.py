@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from diffdfkd.engine.errors import UserError, naming
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.recipes.figures import finish, finished, stage
-from diffdfkd.recipes.run import load_classifiers, save_student, session, shard_images, use_device
+from diffdfkd.recipes.run import load_classifiers, save_student, session, shard_images, shard_parts, use_device
 from diffdfkd.recipes.run_folder import RunFolder, claim, rank
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def distill(recipe: Recipe, images: Path | None = None, *, progress: bool = True
                     folder.path / "student",
                     seed=recipe.seed,
                     data_digest=digest,
+                    parts=shard_parts(folder, 1) if images is None else None,
                     journal=journal,
                     device=recipe.device,
                     progress=progress,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diffdfkd.engine.classifier import Classifier
     from diffdfkd.engine.images import Images
     from diffdfkd.engine.journal import Journal
+    from diffdfkd.engine.logits import Part
     from diffdfkd.engine.prior import Prior
 
 
@@ -68,7 +69,9 @@ def load(recipe: Recipe) -> tuple["Prior", "Classifier", "Classifier", "Images |
 
 def load_prior_for(recipe: Recipe, teacher: "Classifier") -> "Prior":
     """The recipe's prior, once its schedule and the teacher are known to serve the recipe: those are looked at fast."""
-    from diffdfkd.engine.prior import find_prior, load_prior, read_scheduler_config
+    from diffdfkd.engine.memory import fitting
+    from diffdfkd.engine.prior import load_prior
+    from diffdfkd.engine.prior_files import find_prior, read_scheduler_config
     from diffdfkd.engine.schedule import make_table
     from diffdfkd.engine.taps import BatchNormTaps
 
@@ -76,7 +79,8 @@ def load_prior_for(recipe: Recipe, teacher: "Classifier") -> "Prior":
     make_table(recipe.synthesis.sampler, read_scheduler_config(folder), recipe.synthesis.steps)
     if recipe.guidance.mode != "none" and recipe.guidance.batchnorm_weight > 0:
         BatchNormTaps(teacher.model).remove()
-    return load_prior(recipe.prior.model_copy(update={"path": str(folder)}), recipe.device)
+    with fitting("prior.path", "the prior", "give prior.dtype=bfloat16, a smaller prior, or another device"):
+        return load_prior(recipe.prior.model_copy(update={"path": str(folder)}), recipe.device)
 
 
 def load_classifiers(recipe: Recipe) -> tuple["Classifier", "Classifier", "Images | None"]:
@@ -158,6 +162,7 @@ def distil_round(
         seed=recipe.seed,
         until_step=-(-recipe.distillation.steps * (round + 1) // recipe.rounds),
         data_digest=digest,
+        parts=shard_parts(folder, round + 1),
         journal=journal,
         device=recipe.device,
         progress=progress,
@@ -184,6 +189,19 @@ def shard_images(folder: RunFolder, rounds: int) -> tuple["Images", str]:
     return TarImages(tars, Wanted(channels=teacher.channels, classes=teacher.classes)), sha256.hexdigest()
 
 
+def shard_parts(folder: RunFolder, rounds: int) -> list["Part"]:
+    """Files beside the shards of the first rounds, in which the teacher's answers to their images are kept."""
+    from diffdfkd.engine.logits import Part
+    from diffdfkd.engine.shards import list_shards, logits_path, round_folder
+
+    root = folder.path / "synthetic"
+    return [
+        Part(logits_path(round_folder(root, round), sidecar.index), sidecar.images, sidecar.sha256)
+        for round in range(rounds)
+        for sidecar in list_shards(root, round)
+    ]
+
+
 def save_student(student: "Classifier", path: Path, recipe: Recipe) -> None:
     """Weights with what it takes to use them; equal students give equal bytes."""
     from diffdfkd.engine.student_file import write_student
@@ -201,14 +219,18 @@ def publish(snapshot: Path, student: Path) -> None:
 
 
 def use_device(recipe: Recipe) -> None:
-    """Threads and, on a GPU, reproducible convolutions, before the first tensor is computed."""
+    """Threads, a bound on memory and, on a GPU, reproducible convolutions, before the first tensor is computed."""
     import torch
+
+    from diffdfkd.engine.memory import bound_memory
 
     # Several processes of a launch share the cores, whatever one process alone took.
     torch.set_num_threads(min(recipe.threads or 1, machine_threads()) if launched() else recipe.threads or 1)
     if recipe.device == "cuda":
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
+    else:
+        bound_memory()
 
 
 @contextmanager

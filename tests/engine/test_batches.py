@@ -47,9 +47,10 @@ def test_a_batch_hangs_on_seed_step_and_number_of_images_alone() -> None:
 
 
 def test_ranks_share_the_global_batch() -> None:
-    whole = Batches(Numbered(50), 12, seed=1).read(9)
+    indices, whole = Batches(Numbered(50), 12, seed=1).read(9)
     parts = [Batches(Numbered(50), 12, seed=1, rank=rank, world_size=3).read(9) for rank in range(3)]
-    assert torch.equal(whole, torch.cat(parts))
+    assert torch.equal(indices, torch.cat([part for part, _ in parts])) and torch.equal(spelled(whole), indices)
+    assert torch.equal(whole, torch.cat([part for _, part in parts]))
     with pytest.raises(UserError, match="multiple of 5"):
         Batches(Numbered(50), 12, seed=1, world_size=5)
 
@@ -78,8 +79,8 @@ def test_the_hold_out_is_a_fair_draw(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cache_changes_nothing_and_saves_reads(held_in_memory: int) -> None:
     images = Numbered(300)
     batches, order = (Batches(images, 64, seed=0, cache_bytes=held_in_memory * 4) for _ in range(2))
-    for step, pixels in enumerate(batches.stream(3, 15), 3):
-        assert torch.equal(spelled(pixels), order.indices(step))
+    for step, (indices, pixels) in enumerate(batches.stream(3, 15), 3):
+        assert torch.equal(spelled(pixels), order.indices(step)) and torch.equal(indices, order.indices(step))
     if held_in_memory == 1000:
         assert images.reads < 300 + 64  # an image may come twice in a batch that spans two epochs
 

@@ -149,7 +149,7 @@ def plain_loop(student: Classifier, recipe: DistillationRecipe, seed: int = 7) -
             optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
             torch.manual_seed(derive_seed(seed, "step", step, 0))
             generator = torch.Generator().manual_seed(derive_seed(seed, "augmentation", step, 0))
-            images = augment(batches.read(step).float() / 255, recipe.augmentation, generator)
+            images = augment(batches.read(step)[1].float() / 255, recipe.augmentation, generator)
             images = images.contiguous(memory_format=torch.channels_last)
             optimizer.zero_grad()
             kd_loss(student(images), teacher(images), recipe.temperature).backward()
@@ -190,6 +190,71 @@ def test_killed_and_continued_equals_undisturbed_bit_for_bit(
     again = make_student(dropout=0.3)
     assert train(tmp_path / "b", again, recipe).start_step == 12
     assert_same_weights(again, undisturbed)
+
+
+class Conv(nn.Module):
+    """A teacher whose arithmetic depends on the size of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, CLASSES)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images) * 9
+
+
+def test_kept_answers_teach_as_computed_ones_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    conv = Conv()
+    teacher = Classifier(conv, make_teacher().preprocessing, list("abcd")).requires_grad_(False)
+    monkeypatch.setattr(sys.modules[__name__], "make_teacher", lambda: teacher)
+    cached, computed = make_student(), make_student()
+    train(tmp_path / "a", cached, toy_recipe(augmentation=[]))
+    train(tmp_path / "b", computed, toy_recipe(augmentation=[], teacher_logits="computed"))
+    for name, value in cached.state_dict().items():
+        torch.testing.assert_close(value, computed.state_dict()[name], rtol=1e-4, atol=1e-5)
+    starts = [json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0]) for run in "ab"]
+    assert [start["teacher_logits"] for start in starts] == ["cached", "computed"]
+    assert not (tmp_path / "b" / "student" / "logits").exists()
+
+    # The files decide and not the teacher, who is not asked a second time.
+    monkeypatch.setattr(conv, "forward", None)
+    shutil.rmtree(tmp_path / "a" / "student" / "checkpoints")
+    again = make_student()
+    train(tmp_path / "a", again, toy_recipe(augmentation=[]))
+    assert_same_weights(again, cached)
+
+
+@pytest.mark.parametrize("lost", ["nothing", "answers", "damaged"])
+def test_killed_with_kept_answers_and_continued_equals_undisturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    recipe = toy_recipe(augmentation=[])
+    undisturbed, resumed = make_student(), make_student()
+    train(tmp_path / "a", undisturbed, recipe)
+    with kill_at(monkeypatch, 10):
+        train(tmp_path / "b", make_student(), recipe)
+    file = tmp_path / "b" / "student" / "logits" / "part-00000.safetensors"
+    content = file.read_bytes()
+    if lost == "answers":
+        file.unlink()
+    elif lost == "damaged":
+        file.write_bytes(content[:100])
+    assert train(tmp_path / "b", resumed, recipe).start_step == 8
+    assert_same_weights(resumed, undisturbed)
+    assert file.read_bytes() == content
+
+
+def test_kept_answers_with_augmentation_are_a_choice_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cached, computed = make_student(), make_student()
+    train(tmp_path / "a", cached, toy_recipe(augmentation=["crop"], teacher_logits="cached"))
+    assert "the teacher's answers are those to the images before crop" in caplog.text
+    train(tmp_path / "b", computed, toy_recipe(augmentation=["crop"]))
+    assert not torch.equal(cached.model[0].weight, computed.model[0].weight)  # type: ignore[index,arg-type]
 
 
 def test_kill_during_a_save_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

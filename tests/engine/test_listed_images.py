@@ -60,7 +60,7 @@ def test_a_list_that_does_not_serve_is_refused(tmp_path: Path, content: bytes, p
     with pytest.raises(UserError, match=problem) as caught:
         open_images(folder, listing)
     assert str(caught.value).startswith(f"{listing}: ")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such file"):
         open_images(folder, tmp_path / "absent.txt")
 
 

@@ -159,7 +159,7 @@ def test_mistake_about_images_names_the_option(call: Call, tiny_recipe: Path, tm
     refused(call(*student, "--images", "/nowhere"), "--images: /nowhere: no such file or folder")
     (tmp_path / "real").mkdir()
     outcome = call(*student, "--images", tmp_path / "real", "--labels", tmp_path / "labels")
-    refused(outcome, f"--labels: {tmp_path / 'labels'}: a labels file belongs to an IDX file", "null")
+    refused(outcome, f"--labels: {tmp_path / 'labels'}: no such file; for a folder of images", "null")
 
 
 def test_labels_of_strangers_are_left_aside_by_distill(tiny_recipe: Path, tmp_path: Path) -> None:
