@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 Points = Sequence[tuple[float, float]]
 
@@ -103,6 +104,40 @@ def bars(rows: Sequence[tuple[str, float, str]], highest: float) -> str:
             f"<span>{escape(printed)}</span></div>"
         )
     return f'<div class="bars">{"".join(lines)}</div>'
+
+
+def reliability_chart(title: str, bins: Sequence[Mapping[str, Any]]) -> str:
+    """SVG of accuracy by bin of confidence, the diagonal of a calibrated answer, and below the images of each bin.
+
+    A bin has ``low`` and ``high`` edge, ``images``, and ``accuracy``, which is None without images.
+    """
+    floor, top, counts = 200, 16, 46
+    span, most = WIDTH - LEFT - RIGHT, max((row["images"] for row in bins), default=0) or 1
+
+    def up_at(share: float) -> float:
+        return floor - share * (floor - top)
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {floor + counts + 34}" role="img" aria-label="{escape(title)}">']
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x, y = LEFT + share * span, up_at(share)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{share:g}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{floor + counts + 16}" text-anchor="middle">{share:g}</text>')
+    for row in bins:
+        if not row["images"]:
+            continue
+        x, width = LEFT + row["low"] * span + 1, (row["high"] - row["low"]) * span - 2
+        y, deep = up_at(row["accuracy"]), max(1.0, row["images"] / most * (counts - 8))
+        words = f"confidence {row['confidence']:.2f}, accuracy {row['accuracy']:.2f}, {row['images']} images"
+        bar = f'x="{x:.1f}" width="{width:.1f}"'
+        parts.append(f'<rect {bar} y="{y:.1f}" height="{floor - y:.1f}"><title>{escape(words)}</title></rect>')
+        parts.append(f'<rect class="counts" {bar} y="{floor + 4}" height="{deep:.1f}"/>')
+    parts.append(f'<line class="ideal" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{top}"/>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{floor + counts + 31}" text-anchor="end">confidence</text>')
+    return (
+        f'<figure class="chart"><figcaption><b>{escape(title)}</b><span>bars: accuracy; dashes: as sure as right; '
+        f"below: images</span></figcaption>{''.join(parts)}</svg></figure>"
+    )
 
 
 def heat_table(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.page import picture
+from diffdfkd.engine.page import Part, picture
 
 Content = dict[str, Any]
 
@@ -23,7 +23,8 @@ SHOWN_PIXELS = 96
 """Largest edge of an embedded image; larger ones are scaled down, so that the page stays small."""
 
 
-def _preview(folder: Path) -> Content:
+def read_preview(folder: Path) -> Content:
+    """Content of the run's ``preview.json``, empty where there is none; raises UserError for a damaged one."""
     file = folder / "preview" / "preview.json"
     try:
         return json.loads(file.read_bytes()) if file.is_file() else {}
@@ -31,11 +32,11 @@ def _preview(folder: Path) -> Content:
         raise UserError(f"{file}: damaged; give the command of the run again, which makes the preview anew") from None
 
 
-def guidance_gallery(folder: Path) -> str:
+def guidance_gallery(folder: Path) -> Part | None:
     """Samples of each class unguided beside guided from the same noise; nothing without a preview."""
-    preview = _preview(folder)
+    preview = read_preview(folder)
     if not preview.get("pairs"):
-        return ""
+        return None
     size = _shown(preview["size"])
     by_class: dict[str, list[Content]] = defaultdict(list)
     for pair in preview["pairs"]:
@@ -55,17 +56,15 @@ def guidance_gallery(folder: Path) -> str:
         if guided
         else "Guidance was off in this run."
     )
-    return (
-        f'<section><h2>What guidance does</h2><p class="note">{note}</p><div class="classes">{"".join(blocks)}</div>'
-        "</section>"
-    )
+    body = f'<p class="note">{note}</p><div class="classes">{"".join(blocks)}</div>'
+    return Part("guidance", "What guidance does", body)
 
 
-def cutmix_gallery(folder: Path) -> str:
+def cutmix_gallery(folder: Path) -> Part | None:
     """Owner, partner and child of a few mixes, the box outlined; nothing where CutMix was off."""
-    preview = _preview(folder)
+    preview = read_preview(folder)
     if not preview.get("mixes"):
-        return ""
+        return None
     size = _shown(preview["size"])
     scale = size / preview["size"]
     blocks = []
@@ -83,14 +82,15 @@ def cutmix_gallery(folder: Path) -> str:
                 image = f'<div class="boxed">{image}<i style="{place}"></i></div>'
             figures.append(f"<figure>{image}<span>{escape(caption)}</span></figure>")
         blocks.append(f'<div class="mix">{"".join(figures)}</div>')
-    return (
-        "<section><h2>CutMix</h2><p class=\"note\">The box of the partner's latent is put into the owner's while both "
-        "are still noise; the steps that follow repair the seam. From left to right: owner, partner, child.</p>"
-        f'<div class="mixes">{"".join(blocks)}</div></section>'
+    body = (
+        '<p class="note">The box of the partner&#39;s latent is put into the owner&#39;s while both are still noise; '
+        "the steps that follow repair the seam. From left to right: owner, partner, child.</p>"
+        f'<div class="mixes">{"".join(blocks)}</div>'
     )
+    return Part("cutmix", "CutMix", body)
 
 
-def training_gallery(folder: Path, classes: list[str]) -> str:
+def training_gallery(folder: Path, classes: list[str]) -> Part | None:
     """A strip of images of each class, the first ones in the shards."""
     found: dict[int, list[Image.Image]] = defaultdict(list)
     for tar in sorted((folder / "synthetic").glob("round-*/shard-*.tar"))[:SHARDS_READ]:
@@ -109,12 +109,13 @@ def training_gallery(folder: Path, classes: list[str]) -> str:
         )
         lines.append(f"<span>{escape(name)}</span>{image}")
     if not lines:
-        return ""
+        return None
     rest = f" The first {MOST_CLASSES} of {len(classes)} classes." if len(classes) > MOST_CLASSES else ""
-    return (
-        '<section><h2>What the student saw</h2><p class="note">The first images of each class in the shards, as '
-        f'asked for in the prompt.{rest}</p><div class="strips">{"".join(lines)}</div></section>'
+    body = (
+        '<p class="note">The first images of each class in the shards, as asked for in the prompt.'
+        f'{rest}</p><div class="strips">{"".join(lines)}</div>'
     )
+    return Part("images", "What the student saw", body)
 
 
 def _collect(path: Path, found: dict[int, list[Image.Image]], classes: int) -> None:

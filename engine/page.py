@@ -1,8 +1,9 @@
 """The look of the report: one HTML page that loads nothing, light and dark, readable on a phone."""
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
+from typing import NamedTuple
 
 STYLE = """
 :root { --paper: #fbfaf8; --card: #fff; --ink: #1d1d1f; --muted: #6b6b70; --line: #e4e2dd; --accent: #2857c8;
@@ -16,7 +17,17 @@ body { margin: 0; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 1020px; margin: 0 auto; padding: 36px 20px 72px; }
 h1 { font-size: 28px; line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 19px; letter-spacing: -0.01em; margin: 48px 0 4px; }
+h2 { font-size: 19px; letter-spacing: -0.01em; margin: 0; display: inline; color: var(--ink); }
+.contents { position: sticky; top: 0; z-index: 1; display: flex; gap: 18px; overflow-x: auto; margin-top: 28px;
+  padding: 10px 0; background: var(--paper); border-bottom: 1px solid var(--line); font-size: 13.5px; }
+.contents a { color: var(--muted); text-decoration: none; white-space: nowrap; }
+.contents a:hover, .contents a:focus { color: var(--accent); }
+.part { margin-top: 40px; scroll-margin-top: 52px; }
+.part > summary { margin-bottom: 6px; } .part:target > summary h2 { color: var(--accent); }
+.alarms { margin-top: 20px; padding: 12px 16px; background: var(--card); border: 1px solid var(--s1);
+  border-left-width: 5px; border-radius: 8px; }
+.alarms b { color: var(--s1); } .alarms ul { margin: 6px 0 0; padding-left: 20px; overflow-wrap: anywhere; }
+.calm { margin: 14px 0 0; }
 h3 { font-size: 15px; margin: 24px 0 8px; }
 p { margin: 0 0 14px; max-width: 70ch; }
 .note, figcaption, .muted { color: var(--muted); font-size: 13.5px; }
@@ -45,6 +56,7 @@ img { display: block; image-rendering: pixelated; border-radius: 3px; background
 .boxed i { position: absolute; border: 2px solid var(--s1); border-radius: 2px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 20px;
   margin-top: 16px; }
+.alone { max-width: 500px; }
 .chart { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 12px 12px 8px; }
 .chart figcaption { display: flex; justify-content: space-between; gap: 4px 16px; flex-wrap: wrap; }
@@ -67,7 +79,25 @@ svg circle { fill: var(--s0); } svg .c1 { fill: var(--s1); } svg .c2 { fill: var
   font-variant-numeric: tabular-nums; }
 .bar i { height: 10px; background: var(--line); border-radius: 5px; overflow: hidden; }
 .bar b { display: block; height: 100%; background: var(--accent); border-radius: 5px; }
+.moves { display: grid; gap: 5px; margin: 12px 0; max-width: 780px; font-size: 13.5px; }
+.move { display: grid; grid-template-columns: minmax(110px, 220px) 1fr 112px 52px; gap: 12px; align-items: center; }
+.move > span { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.move > span ~ span { text-align: right; } .move small { color: var(--muted); }
+.track { position: relative; height: 12px; margin: 0 6px; }
+.track::before { content: ""; position: absolute; inset: 5.5px 0; background: var(--line); }
+.track u { position: absolute; top: 4px; height: 4px; background: var(--s0); opacity: 0.35; }
+.track b { position: absolute; top: 1px; width: 10px; height: 10px; margin-left: -5px; border-radius: 50%;
+  background: var(--s0); }
+.track .from { background: var(--paper); border: 2px solid var(--s1); }
+.key { display: inline-block; width: 10px; height: 10px; border-radius: 50%; background: var(--s0); }
+.key.from { background: none; border: 2px solid var(--s1); }
 .scroll { overflow-x: auto; margin-top: 12px; }
+.plain th, .plain td { padding: 4px 18px 4px 0; text-align: right; white-space: nowrap; }
+.plain .word { text-align: left; } .plain th { font-weight: 400; color: var(--muted); }
+.plain tbody td.word:first-child { white-space: normal; min-width: 92px; max-width: 240px; overflow-wrap: anywhere; }
+.plain tbody tr > * { border-top: 1px solid var(--line); }
+svg rect { fill: var(--s0); } svg .counts { fill: var(--muted); opacity: 0.5; }
+svg .ideal { stroke: var(--s1); stroke-width: 1.5; stroke-dasharray: 4 4; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 .heat td { min-width: 38px; height: 30px; text-align: center; border-radius: 3px;
   background: color-mix(in srgb, var(--accent) var(--v, 0%), var(--card)); }
@@ -88,16 +118,35 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px
 @media (prefers-color-scheme: dark) { .heat .strong { color: #101216; } }
 @media (max-width: 520px) { main { padding: 24px 14px 48px; } h1 { font-size: 23px; } .numbers b { font-size: 18px; }
   .facts th { white-space: normal; padding-right: 12px; }
-  .strips { grid-template-columns: 1fr; gap: 2px; } .strips span { margin-top: 6px; } }
+  .strips { grid-template-columns: 1fr; gap: 2px; } .strips span { margin-top: 6px; }
+  .move { grid-template-columns: 1fr auto 44px; gap: 2px 10px; } .move .track { grid-column: 1 / -1; grid-row: 2; } }
 """
 
 
-def page(title: str, body: str) -> str:
-    """The whole document; ``body`` is HTML, ``title`` is escaped."""
+class Part(NamedTuple):
+    """A part of the page that folds, and that the contents lead to."""
+
+    name: str
+    """Anchor: a word in small letters."""
+    title: str
+    body: str
+    """HTML."""
+
+
+def page(title: str, head: str, parts: Sequence[Part]) -> str:
+    """The whole document; ``head`` is HTML above the contents, ``title`` is escaped."""
+    links = "".join(f'<a href="#{part.name}">{escape(part.title)}</a>' for part in parts)
+    contents = f'<nav class="contents" aria-label="Contents">{links}</nav>' if parts else ""
+    folds = "\n".join(
+        f'<details class="part" id="{part.name}" open><summary><h2>{escape(part.title)}</h2></summary>'
+        f"{part.body}</details>"
+        for part in parts
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{head}\n{contents}\n{folds}\n"
+        "</main></body></html>\n"
     )
 
 
@@ -113,3 +162,21 @@ def facts(rows: Iterable[tuple[str, str]]) -> str:
     """A table of names and values, both plain text."""
     lines = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows)
     return f'<table class="facts">{lines}</table>'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int] = (0,)) -> str:
+    """A table that scrolls by itself where it is too wide; all plain text, the columns of ``words`` to the left."""
+    kinds = [' class="word"' if place in words else "" for place in range(len(head))]
+    titles = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(head, kinds, strict=True))
+    lines = "".join(
+        f"<tr>{''.join(f'<td{kind}>{escape(cell)}</td>' for cell, kind in zip(row, kinds, strict=True))}</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll"><table class="plain"><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
+    )
+
+
+def fold(title: str, body: str) -> str:
+    """What only some want to see: closed at first."""
+    return f"<details><summary>{escape(title)}</summary>{body}</details>"

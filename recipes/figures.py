@@ -38,9 +38,11 @@ def finish(
     **more: Any,
 ) -> dict[str, Any]:
     """Evaluate the student, write its ONNX file and card, ``result.json`` and the report; returns the result."""
+    from diffdfkd.engine.diversity import measure_diversity
     from diffdfkd.engine.evaluation import evaluate
     from diffdfkd.engine.report import write_report
     from diffdfkd.engine.weights import digest
+    from diffdfkd.recipes.run import shard_images
 
     recipe = folder.recipe
     evaluation = None
@@ -55,10 +57,15 @@ def finish(
                 device=recipe.device,
                 progress=progress,
             )
+    diversity = None
+    if folder.images is None:
+        with stage(journal, "diversity", recipe):
+            diversity = measure_diversity(shard_images(folder, recipe.rounds)[0], len(recipe.teacher.classes))
     licences = run_licences(folder.path, recipe, folder.images)
     with stage(journal, "export", recipe):
         onnx = export_student(folder.path, recipe, licences, digest(folder.student))
-    result = {**figures(folder, evaluation), "licences": licences, "onnx": onnx, **more}
+    found = {"diversity": diversity, "licences": licences, "onnx": onnx}
+    result = {**figures(folder, evaluation), **found, **more}
     write_card(folder.path, recipe, result)
     # Before the result, so that a kill never leaves the report of an earlier one beside it.
     (folder.path / "report.html").unlink(missing_ok=True)

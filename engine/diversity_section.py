@@ -1,0 +1,87 @@
+"""The report's part on diversity: how far apart a class's images lie, and which are almost the same."""
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diffdfkd.engine.charts import bars
+from diffdfkd.engine.page import Part, facts, picture
+from diffdfkd.engine.quantities import figure, percent
+
+Content = Mapping[str, Any]
+
+MOST_CLASSES = 20
+MOST_PAIRS = 6
+SHOWN_PIXELS = 64
+
+
+def diversity_section(folder: Path, result: Content) -> Part | None:
+    """From what `measure_diversity` found; None where it has not looked."""
+    found: Content = result.get("diversity") or {}
+    if not found:
+        return None
+    distance: Content = found.get("intra_class_distance") or {}
+    doubles: Content = found.get("near_duplicates") or {}
+    rows = [("Images looked at", f"{found['images']:,}")] if "images" in found else []
+    if distance.get("mean") is not None:
+        rows.append(("Distance within a class", figure(distance["mean"])))
+    if doubles:
+        rows.append(("Near-duplicates", f"{doubles.get('count', 0):,} ({percent(doubles.get('share'), 1)})"))
+    by_class = zip(result.get("classes") or [], distance.get("per_class") or [], strict=False)
+    measured = sorted((value, name) for name, value in by_class if value is not None)
+    lines = [(name, value, figure(value)) for value, name in measured[:MOST_CLASSES]]
+    chart = ""
+    if lines:
+        which = f", the {MOST_CLASSES} lowest" if len(measured) > MOST_CLASSES else ", lowest first"
+        chart = f"<h3>Distance by class{which}</h3>{bars(lines, measured[-1][0])}"
+    body = (
+        f'<p class="note">{escape(str(found.get("measure", "")))}</p>'
+        f'<div class="columns"><div>{facts(rows)}</div><div>{chart}</div></div>{_doubles(folder, doubles)}'
+    )
+    return Part("diversity", "Diversity", body)
+
+
+def _doubles(folder: Path, doubles: Content) -> str:
+    pairs = [tuple(pair) for pair in (doubles.get("examples") or [])[:MOST_PAIRS]]
+    images = _pictures(folder, {index for pair in pairs for index in pair})
+    shown = [
+        f'<div class="pair">{picture(images[first], f"image {first}", SHOWN_PIXELS)}'
+        f"{picture(images[second], f'image {second}, almost the same', SHOWN_PIXELS)}"
+        f"<span>{first}</span><span>{second}</span></div>"
+        for first, second in pairs
+        if first in images and second in images
+    ]
+    return f'<h3>Nearly the same</h3><div class="pairs">{"".join(shown)}</div>' if shown else ""
+
+
+def _pictures(folder: Path, indices: set[int]) -> dict[int, bytes]:
+    """PNG of the images of these indices in the run's shards, all rounds on end."""
+    found: dict[int, bytes] = {}
+    first = 0
+    for sidecar in sorted((folder / "synthetic").glob("round-*/shard-*.json")):
+        count = json.loads(sidecar.read_bytes()).get("images", 0)
+        wanted = {index - first: index for index in indices if first <= index < first + count}
+        first += count
+        if not wanted or not (tar := sidecar.with_suffix(".tar")).is_file():
+            continue
+        with tarfile.open(tar, "r:") as shard:
+            members = (member for member in shard if not member.name.endswith(".json"))
+            for place, member in enumerate(members):
+                if place in wanted and (stream := shard.extractfile(member)):
+                    found[wanted[place]] = _small(stream.read())
+    return found
+
+
+def _small(content: bytes) -> bytes:
+    with Image.open(io.BytesIO(content)) as image:
+        small = image.convert("L" if image.mode == "L" else "RGB")
+    small.thumbnail((2 * SHOWN_PIXELS, 2 * SHOWN_PIXELS))
+    stream = io.BytesIO()
+    small.save(stream, "PNG")
+    return stream.getvalue()
