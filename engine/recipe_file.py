@@ -33,6 +33,9 @@ def read_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         _resolve_paths(content, path.parent)
     for override in overrides:
         _override(content, override)
+    for lora in _loras(content):
+        if isinstance(lora.get("path"), str):
+            lora["path"] = _home(lora["path"])
     named = {override.partition("=")[0] for override in overrides}
     evaluation = content.get("evaluation")
     if "evaluation.images" in named and "evaluation.labels" not in named and isinstance(evaluation, dict):
@@ -84,13 +87,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     if isinstance(content.get("prior"), str):
         content["prior"] = {"path": content["prior"]}
-    for dotted in PATHS:
-        section, _, key = dotted.partition(".")
-        value = content.get(section, {}).get(key) if isinstance(content.get(section), dict) else None
-        if isinstance(value, str) and value.startswith(("./", "../")):
-            content[section][key] = str((folder / value).resolve())
-        elif isinstance(value, str) and value.startswith("~/"):
-            content[section][key] = str(Path(value).expanduser())
+    places = [(content.get(section), key) for section, _, key in (dotted.partition(".") for dotted in PATHS)]
+    for section, key in (*places, *((lora, "path") for lora in _loras(content))):
+        value = section.get(key) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(value, str):
+            relative = value.startswith(("./", "../"))
+            section[key] = str((folder / value).resolve()) if relative else _home(value)
+
+
+def _loras(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """What stands in ``prior.loras``, as far as it has the form of one."""
+    prior = content.get("prior")
+    loras = prior.get("loras") if isinstance(prior, dict) else None
+    return [lora for lora in loras if isinstance(lora, dict)] if isinstance(loras, list) else []
+
+
+def _home(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~/") else path
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -120,7 +133,7 @@ def _text(text: str) -> str | None:
     """Path of an override, as typed: a folder may be called 2024. The shell leaves ``~`` to us."""
     if text in ("", "null", "~"):
         return None
-    return str(Path(text).expanduser()) if text.startswith("~/") else text
+    return _home(text)
 
 
 def _value(text: str, override: str) -> Any:

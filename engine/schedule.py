@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.prior_files import PREDICTION_TYPES
 from diffdfkd.kernels.row import COLUMNS
 
 Array = np.ndarray
@@ -26,8 +27,6 @@ SCHEDULERS = {
     "dpmsolver++": "DPMSolverMultistepScheduler",
     "lcm": "LCMScheduler",
 }
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 # Options of diffusers' schedulers that a table of linear rows cannot honour, or that belong to another method, with
 # the values that we follow.

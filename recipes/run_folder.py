@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from diffdfkd.engine.errors import FILE_AT_FAULT, UserError
-from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
+from diffdfkd.engine.recipe import LoraRecipe, Recipe, dump_recipe, load_recipe
 from diffdfkd.engine.recipe_file import repeating_command
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class RunFolder:
     recipe: Recipe
     path: Path
     digests: Mapping[str, str]
-    """SHA-256 of the files of prior, teacher and student weights, as far as they are given and used."""
+    """SHA-256 of the files of prior, LoRAs, teacher and student weights, as far as they are given and used."""
     images: str | None
     """Folder or tar that the student learns from in the place of the run's own shards."""
     grown: bool
@@ -185,6 +185,8 @@ def file_digests(recipe: Recipe, *, prior: bool) -> dict[str, str]:
     if prior:
         path = recipe.prior.path
         found["prior"] = digest(path) if Path(path).is_dir() else f"{path}@{recipe.prior.revision}"
+        for index, lora in enumerate(recipe.prior.loras):
+            found[f"lora {index}"] = _lora_digest(lora, f"prior.loras.{index}")
     for field in ("teacher", "student"):
         weights = getattr(recipe, field).weights
         if weights is None:
@@ -193,6 +195,16 @@ def file_digests(recipe: Recipe, *, prior: bool) -> dict[str, str]:
             raise UserError(f"{field}.weights: {weights}: no such file; name the file with the {field}'s state dict")
         found[field] = digest(weights)
     return found
+
+
+def _lora_digest(lora: LoraRecipe, field: str) -> str:
+    from diffdfkd.engine.lora import find_lora
+    from diffdfkd.engine.prior_files import is_commit
+    from diffdfkd.engine.weights import digest
+
+    if not Path(lora.path).exists() and is_commit(lora.revision):
+        return f"{lora.path}@{lora.revision}" + (f"/{lora.file}" if lora.file else "")
+    return digest(find_lora(lora, field))
 
 
 def _lock(descriptor: int, folder: Path) -> None:
@@ -246,10 +258,12 @@ def _refuse_other(
 ) -> None:
     """UserError that names the first field in which the folder's recipe differs from this one."""
     theirs, ours = dict(_flat(dump_recipe(before))), dict(_flat(dump_recipe(now)))
-    for name, path in ((name, path) for path, name in BY_CONTENT.items()):
+    places = {name: (path, ours.get(path)) for path, name in BY_CONTENT.items()}
+    places |= {f"lora {i}": (f"prior.loras.{i}.path", lora.path) for i, lora in enumerate(now.prior.loras)}
+    for name, (path, place) in places.items():
         if name in frozen and name in digests and frozen[name] != digests[name]:
             raise UserError(
-                f"{path}: the files at {ours.get(path)} are not those that the run in {folder} began with "
+                f"{path}: the files at {place} are not those that the run in {folder} began with "
                 f"(SHA-256 {digests[name][:12]}, was {frozen[name][:12]}); choose another output folder"
             )
     for field in [*ours, *(field for field in theirs if field not in ours)]:
@@ -259,6 +273,8 @@ def _refuse_other(
             continue
         if field in BY_CONTENT and was is not None and now_ is not None:
             continue
+        if field == "prior.loras" and [lora["scale"] for lora in was] == [lora["scale"] for lora in now_]:
+            continue  # by their digests the same files, wherever they lie
         if field == "synthesis.images_per_class" and now.rounds == 1 and now_ > was:
             continue
         if field.startswith("distillation.") and before.rounds == now.rounds == 1:
@@ -314,9 +330,10 @@ def _absolute(recipe: Recipe) -> Recipe:
         return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
     evaluation = recipe.evaluation
+    loras = [lora.model_copy(update={"path": settled(lora.path)}) for lora in recipe.prior.loras]
     return recipe.model_copy(
         update={
-            "prior": recipe.prior.model_copy(update={"path": settled(recipe.prior.path)}),
+            "prior": recipe.prior.model_copy(update={"path": settled(recipe.prior.path), "loras": loras}),
             "teacher": recipe.teacher.model_copy(update={"weights": settled(recipe.teacher.weights)}),
             "student": recipe.student.model_copy(update={"weights": settled(recipe.student.weights)}),
             "evaluation": evaluation.model_copy(

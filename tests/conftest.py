@@ -218,18 +218,21 @@ def write_lora(
                 prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[component] + name.replace(".", "_")
                 tensors |= {f"{prefix}.lora_down.weight": down, f"{prefix}.lora_up.weight": up}
                 tensors[f"{prefix}.alpha"] = torch.tensor(alpha)
+            elif style == "peft":
+                tensors |= {f"{component}.{name}.lora_A.weight": down, f"{component}.{name}.lora_B.weight": up}
             else:
-                first, second = ("lora.down", "lora.up") if style == "diffusers" else ("lora_A", "lora_B")
-                prefix = f"{component}.{name}"
-                tensors |= {f"{prefix}.{first}.weight": down, f"{prefix}.{second}.weight": up}
+                prefix = f"{component}.{name}." + ("lora" if component == "unet" else "lora_linear_layer")
+                for end in ("to_q", "to_k", "to_v", "to_out.0"):
+                    # The attention's processor held its updates.
+                    early = f".processor.{end.removesuffix('.0')}_lora"
+                    prefix = prefix.replace(f".{end}.lora", early)
+                tensors |= {f"{prefix}.down.weight": down, f"{prefix}.up.weight": up}
     metadata = {"format": "pt"}
     if style == "peft":
-        config = {
-            "r": rank,
-            "lora_alpha": alpha,
-            "target_modules": sorted({name.rpartition(".")[2] for name in updates}),
-        }
-        content = {f"{component}.{key}": value for component in networks for key, value in config.items()}
+        content: dict[str, Any] = {}
+        for component, (_, targets) in networks.items():
+            config = {"r": rank, "lora_alpha": alpha, "target_modules": targets}
+            content |= {f"{component}.{key}": value for key, value in config.items()}
         metadata["lora_adapter_metadata"] = json.dumps(content)
     save_file(tensors, path, metadata=metadata)
     return updates
