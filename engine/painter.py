@@ -63,6 +63,8 @@ class Painting:
     """[B, K] float32."""
     losses: Tensor
     """[S, 4] batch means as in LOSSES, NaN in unguided steps."""
+    latents: Tensor
+    """[B], root mean square of a finished latent's values; about 1 where a decoder is at home."""
     plan: CutMixPlan
 
 
@@ -138,6 +140,7 @@ class Painter:
             alive=trajectory.alive.cpu() & whole,
             targets=trajectory.targets.cpu(),
             losses=trajectory.losses.cpu(),
+            latents=trajectory.latents.square().mean((1, 2, 3)).sqrt().cpu(),
             plan=plan,
         )
 
@@ -173,7 +176,7 @@ class Painter:
                 if not painting.alive[i]:
                     yield None
                     continue
-                image = encode(painting.images[i], synthesis.format)
+                image = encode(painting.images[i], synthesis.format, synthesis.quality)
                 key = f"{self.round:03d}-{id % SAMPLES_PER_ROUND:08d}"
                 yield Sample(key, image, self._record(painting, i, id, label), synthesis.format)
 
@@ -240,15 +243,20 @@ def _embed(prior: Prior, prompts: list[str]) -> tuple[Tensor, Tensor]:
     return embeddings, rows
 
 
-def encode(image: Tensor, format: Literal["png", "webp"]) -> bytes:
-    """Lossless file of a uint8 image [C, H, W] with 1 or 3 channels; equal images give equal bytes."""
+def encode(image: Tensor, format: Literal["png", "webp"], quality: int | None = None) -> bytes:
+    """File of a uint8 image [C, H, W] with 1 or 3 channels; equal images give equal bytes.
+
+    Lossless, unless a `quality` from 1 to 100 is given for WebP.
+    """
     stream = io.BytesIO()
     pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
     picture = Image.fromarray(pixels.contiguous().numpy())
     if format == "png":
         picture.save(stream, "PNG", compress_level=6)
+    elif quality is None:
+        picture.save(stream, "WEBP", lossless=True, quality=80, method=4)  # here quality is effort
     else:
-        picture.save(stream, "WEBP", lossless=True, quality=80, method=4)
+        picture.save(stream, "WEBP", quality=quality, method=4)
     return stream.getvalue()
 
 

@@ -1,18 +1,21 @@
 """The preview of a run for its report: a few samples with and without guidance, and what CutMix did to some."""
 
-import json
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from diffdfkd.engine import shards
+from diffdfkd.engine.alarms import Signs, Watch
 from diffdfkd.engine.journal import Journal
 from diffdfkd.engine.painter import Models, Painter, Painting, encode, round_, saved_size, soft_label
 from diffdfkd.engine.plan import choices_digest, class_labels, sample_ids
 from diffdfkd.engine.recipe import Recipe
-from diffdfkd.engine.synthesis import round_choices
+from diffdfkd.engine.signs import Look, Observation
+from diffdfkd.engine.synthesis import PREVIEW, preview_signs, read_preview, round_choices
 
 PREVIEW_CLASSES, PREVIEW_PER_CLASS, PREVIEW_MIXES = 20, 2, 3
 
@@ -23,28 +26,35 @@ def preview_pairs(recipe: Recipe, models: Models, output: Path, journal: Journal
     Two samples of each of at most 20 classes, from the noise of the run's first samples but in a batch of their own and
     without CutMix: ``pairs`` has their class, class_name, sample, unguided and guided file (None where not guided or
     not finite). With CutMix on, ``mixes`` has owner, partner and child file, box (top, left, bottom, right in pixels,
-    half open), area, names and soft_label of at most three. ``size`` is the images' edge in pixels. Nothing is done
-    when the preview of the same choices exists.
+    half open), area, names and soft_label of at most three. ``size`` is the images' edge in pixels. The figures are
+    those of `preview_figures`. Nothing is made when the preview of the same choices exists. Alarms are raised.
     """
-    folder, file = output / "preview", output / "preview" / "preview.json"
+    folder, file = output / PREVIEW.parent, output / PREVIEW
     digest = choices_digest(round_choices(recipe, models, 0))
-    if _made_of(file) == digest:
-        return file
+    if (content := read_preview(output, digest)) is None:
+        content = _make(recipe, models, folder, file, journal, digest)
+    reference, guided = preview_signs(content)
+    watch = Watch(recipe.guidance, journal, digest, reference)
+    if guided is not None:
+        watch.look(guided)
+    return file
+
+
+def _make(recipe: Recipe, models: Models, folder: Path, file: Path, journal: Journal, digest: str) -> dict[str, Any]:
     started = time.perf_counter()
-    n_classes = len(recipe.teacher.classes)
-    ids = sample_ids(0, 0, PREVIEW_PER_CLASS * n_classes)
-    classes = class_labels(recipe.seed, 0, 0, len(ids), n_classes)
-    shown = classes < PREVIEW_CLASSES
-    ids, classes = ids[shown], classes[shown]
+    ids, classes = preview_samples(recipe)
     guided_run = recipe.guidance.mode != "none"
     batches = list(zip(ids.split(recipe.synthesis.batch_size), classes.split(recipe.synthesis.batch_size), strict=True))
     shards.remove_temporary(folder)
     pairs: list[dict[str, Any]] = []
     mixes: list[dict[str, Any]] = []
     with Painter(recipe, models, 0) as painter:
+        paintings: dict[str, list[Painting]] = {"unguided": [], "guided": []}
         for batch_ids, batch_classes in batches:
             unguided = painter.paint(batch_ids, batch_classes, guided=False, mixed=False)
             guided = painter.paint(batch_ids, batch_classes, mixed=False) if guided_run else None
+            paintings["unguided"].append(unguided)
+            paintings["guided"] += [guided] if guided is not None else []
             for i, (id, label) in enumerate(zip(batch_ids.tolist(), batch_classes.tolist(), strict=True)):
                 pairs.append(
                     {
@@ -60,18 +70,88 @@ def preview_pairs(recipe: Recipe, models: Models, output: Path, journal: Journal
                 for i in _telling_mixes(cut)[: PREVIEW_MIXES - len(mixes)]:
                     mixes.append(_mix(recipe, models, folder, batch_ids, batch_classes, guided or unguided, cut, i))
     pairs.sort(key=lambda pair: (pair["class"], pair["sample"]))
-    content = {"digest": digest, "size": saved_size(recipe), "pairs": pairs, "mixes": mixes}
+    content = {
+        "digest": digest,
+        "size": saved_size(recipe),
+        "pairs": pairs,
+        "mixes": mixes,
+        **preview_figures(recipe, models, paintings["unguided"], paintings["guided"]),
+    }
     shards.write_atomic(file, shards.canonical_json(content) + b"\n")
-    journal.log("preview", samples=len(ids), seconds=round_(time.perf_counter() - started))
-    return file
+    journal.log("preview", samples=len(ids), seconds=round_(time.perf_counter() - started), digest=digest)
+    return content
 
 
-def _made_of(file: Path) -> str | None:
-    """Digest of the choices in the preview's file; None where there is no such file, or a broken one."""
-    try:
-        return str(json.loads(file.read_bytes())["digest"])
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+def preview_samples(recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Ids and classes [n] of the first samples of the run that a preview shows, classes mixed."""
+    n_classes = len(recipe.teacher.classes)
+    ids = sample_ids(0, 0, PREVIEW_PER_CLASS * n_classes)
+    classes = class_labels(recipe.seed, 0, 0, len(ids), n_classes)
+    shown = classes < PREVIEW_CLASSES
+    return ids[shown], classes[shown]
+
+
+def preview_figures(
+    recipe: Recipe, models: Models, unguided: Sequence[Painting], guided: Sequence[Painting] = ()
+) -> dict[str, Any]:
+    """What the teacher makes of the preview's samples, JSON-ready; "guided" is None in an unguided recipe.
+
+    ``batchnorm``: L_bn of all samples as one batch. ``layers``: name, channels and the two L2 distances of each
+    BatchNorm layer, in the order of the teacher's modules. ``by_class``: mean probability of the intended class, and
+    share of the samples whose likeliest it is. ``signs``: what alarms are raised from.
+    """
+    looks: dict[str, Look | None] = {"unguided": None, "guided": None}
+    signs: dict[str, Signs | None] = {"unguided": None, "guided": None}
+    labels: dict[str, Tensor] = {}
+    for which, paintings in (("unguided", unguided), ("guided", guided)):
+        observation = Observation(models.teacher)
+        for painting in paintings:
+            observation.add(painting)
+        if any(painting.alive.any() for painting in paintings):
+            looks[which], labels[which] = (found := observation.look()), observation.labels
+            signs[which] = observation.signs(found)
+    layers = [
+        {
+            "name": layer.name,
+            "channels": len(layer.mean),
+            **{which: _distances(found, index) for which, found in looks.items()},
+        }
+        for index, layer in enumerate(next((found.layers for found in looks.values() if found), []))
+    ]
+    shown = sorted({label for own in labels.values() for label in own.tolist()})
+    return {
+        "batchnorm": {which: found and _rounded(found.batchnorm) for which, found in looks.items()},
+        "layers": layers,
+        "by_class": [
+            {
+                "class": label,
+                "class_name": recipe.teacher.classes[label],
+                **{which: found and _answers(found, labels[which], label) for which, found in looks.items()},
+            }
+            for label in shown
+        ],
+        "signs": {which: found and asdict(found) for which, found in signs.items()},
+    }
+
+
+def _distances(look: Look | None, index: int) -> dict[str, float] | None:
+    if look is None:
         return None
+    mean, variance = look.layers[index].distances
+    return {"mean": round_(mean), "variance": round_(variance)}
+
+
+def _answers(look: Look, labels: Tensor, label: int) -> dict[str, float] | None:
+    """Of the samples of a class; None where none was finished."""
+    own = look.probabilities[labels == label]
+    if not len(own):
+        return None
+    agreement = (own.argmax(1) == label).float().mean().item()
+    return {"confidence": round_(own[:, label].mean().item()), "agreement": round_(agreement)}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round_(value)
 
 
 def _save(folder: Path, name: str, painting: Painting | None, i: int) -> str | None:

@@ -4,10 +4,11 @@ A shard is a pure function of (recipe, round, shard index, student snapshot). So
 shards that exist and make the others, and a kill costs the shard that was being made.
 """
 
+import json
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffdfkd.engine import shards
+from diffdfkd.engine.alarms import Signs, Watch
 from diffdfkd.engine.combinations import round_samples
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.journal import Journal
@@ -38,9 +40,13 @@ from diffdfkd.engine.plan import (
 )
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.engine.shards import DamagedShard, Sidecar
+from diffdfkd.engine.signs import Observation
 
 MOST_DROPPED = 0.01
 """Share of a run's samples that may be lost to non-finite numbers."""
+
+PREVIEW = Path("preview") / "preview.json"
+"""In a run's folder; what alarms compare with comes from there."""
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +81,7 @@ def synthesize(
 ) -> SynthesisSummary:
     """Make the round's missing or damaged shards under ``output/synthetic`` and bring the manifest up to date.
 
+    Alarms are raised where the run's preview, which is made first, has the figures of unguided images to compare with.
     Raises UserError if the folder holds shards of other choices or more than the recipe asks for, and when more than
     one in a hundred of the run's samples were not finite.
     """
@@ -90,6 +97,9 @@ def synthesize(
     lost += sum(count.dropped for count in existing.values())
     _refuse_loss(recipe, lost)
 
+    first_digest = choices_digest({field: value for field, value in choices.items() if field != "student"})
+    reference, _ = preview_signs(read_preview(output, first_digest))
+    watch = Watch(recipe.guidance, journal, first_digest, reference)
     missing = [plan for plan in plans if plan.index not in existing]
     made: list[Count] = []
     seconds = 0.0
@@ -104,7 +114,9 @@ def synthesize(
         started = time.perf_counter()
         with bar, Painter(recipe, models, round) as painter:
             for plan in missing:
-                sidecar, losses = _make(painter, plan, folder, choices, bar)
+                observation = Observation(models.teacher, reference.images) if reference is not None else None
+                sidecar, losses = _make(painter, plan, folder, choices, bar, observation)
+                signs = observation.signs(observation.look()) if observation and sidecar.images else None
                 made.append(Count(sidecar.images, sidecar.dropped))
                 lost += sidecar.dropped
                 now = time.perf_counter()
@@ -116,7 +128,12 @@ def synthesize(
                     dropped=sidecar.dropped,
                     seconds=round_(now - started),
                     losses=losses,
+                    signs=signs and asdict(signs),
+                    digest=first_digest,
                 )
+                if signs is not None:
+                    with tqdm.external_write_mode():
+                        watch.look(signs, losses, round=round, shard=plan.index)
                 seconds, started = seconds + now - started, now
                 _refuse_loss(recipe, lost)
     shards.write_manifest(root, rounds=round + 1)
@@ -142,14 +159,37 @@ def round_choices(recipe: Recipe, models: Models, round: int) -> dict[str, Any]:
     return synthesis_choices(recipe, prior, teacher, snapshot)
 
 
+def read_preview(output: Path, digest: str) -> dict[str, Any] | None:
+    """Content of the run's preview; None unless there is one, whole and of the choices with this digest."""
+    try:
+        content = json.loads((output / PREVIEW).read_bytes())
+        return content if content["digest"] == digest and "signs" in content else None
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+
+
+def preview_signs(content: dict[str, Any] | None) -> tuple[Signs | None, Signs | None]:
+    """Signs of a preview's unguided and guided images, as far as there are any."""
+    given = (content or {}).get("signs", {})
+    unguided, guided = (given.get(which) for which in ("unguided", "guided"))
+    return (Signs(**unguided) if unguided else None), (Signs(**guided) if guided else None)
+
+
 def _make(
-    painter: Painter, plan: ShardPlan, folder: Path, choices: dict[str, Any], bar: tqdm
+    painter: Painter,
+    plan: ShardPlan,
+    folder: Path,
+    choices: dict[str, Any],
+    bar: tqdm,
+    observation: Observation | None,
 ) -> tuple[Sidecar, dict[str, dict[str, float] | None]]:
     """Write one shard; its sidecar and the mean losses of the first and last guided step over its batches."""
     losses: list[Tensor] = []
 
     def painted(painting: Painting) -> None:
         losses.append(painting.losses)
+        if observation is not None:
+            observation.add(painting)
         bar.update(len(painting.images))
 
     sidecar = shards.write_shard(
@@ -177,8 +217,8 @@ def _refuse_foreign(root: Path, folder: Path, recipe: Recipe, planned: int, choi
                 f"output: {folder / sidecar.shard} was made by another recipe ({differences}); take another output "
                 "folder, or go back to that recipe"
             )
-    surplus = [path for path in folder.glob("shard-*.tar") if _number(path.stem, planned) >= planned]
-    surplus += [path for path in root.glob("round-*") if _number(path.name, recipe.rounds) >= recipe.rounds]
+    surplus = [path for path in folder.glob("shard-*.tar") if _beyond(path.stem, planned)]
+    surplus += [path for path in root.glob("round-*") if _beyond(path.name, recipe.rounds)]
     if surplus:
         raise UserError(
             f"output: {min(surplus)} is more than synthesis.images_per_class={recipe.synthesis.images_per_class} and "
@@ -186,10 +226,10 @@ def _refuse_foreign(root: Path, folder: Path, recipe: Recipe, planned: int, choi
         )
 
 
-def _number(name: str, otherwise: int) -> int:
-    """Of a shard or round by its name; `otherwise` for a name that we do not give, which counts as surplus."""
-    number = name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else otherwise
+def _beyond(name: str, planned: int) -> bool:
+    """Whether a shard or round is more than was planned; so is one of a name that we do not give."""
+    number = shards.number_in(name)
+    return number is None or number >= planned
 
 
 def _existing(folder: Path, plan: ShardPlan, journal: Journal) -> Count | None:

@@ -45,11 +45,11 @@ def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
             drop_broken_chain(folder, journal)
             for round in range(recipe.rounds):
                 models = Models(prior, teacher, student_of(folder, round - 1) if round else None)
-                with stage(journal, "synthesis", recipe):
-                    synthesize(recipe, models, round, folder.path, journal, progress)
                 if round == 0:
                     with stage(journal, "preview", recipe):
                         preview_pairs(recipe, models, folder.path, journal)
+                with stage(journal, "synthesis", recipe):
+                    synthesize(recipe, models, round, folder.path, journal, progress)
                 if not folder.snapshot_of(round).is_file():
                     beginner = student_of(folder, round - 1).train().requires_grad_(True) if round else student
                     with stage(journal, "distillation", recipe):

@@ -30,10 +30,10 @@ def synthesize(recipe: Recipe, *, progress: bool = True) -> str:
         models = Models(load_prior_for(recipe, teacher), teacher)
         folder.freeze()
         with session(folder, "synthesize", time.perf_counter() - started) as journal:
-            with stage(journal, "synthesis", recipe):
-                made = make_shards(recipe, models, 0, folder.path, journal, progress)
             with stage(journal, "preview", recipe):
                 preview_pairs(recipe, models, folder.path, journal)
+            with stage(journal, "synthesis", recipe):
+                made = make_shards(recipe, models, 0, folder.path, journal, progress)
     rate = f", {made.made} of them made now at {made.made / made.seconds:.1f} a second" if made.seconds else ""
     later = "" if recipe.rounds == 1 else f"; rounds 2 to {recipe.rounds} need a student: diffdfkd run makes them"
     return f"{made.images:,} images in {folder.path / 'synthetic'}{rate}{later}"
