@@ -66,6 +66,7 @@ def _machine(recipe: Recipe) -> tuple[str, str | None]:
 
 
 def _plan(recipe: Recipe, device: str) -> Iterator[str]:
+    from diffdfkd.engine.logits import uses_cache
     from diffdfkd.engine.plan import shard_plan
 
     synthesis, distillation = recipe.synthesis, recipe.distillation
@@ -82,11 +83,12 @@ def _plan(recipe: Recipe, device: str) -> Iterator[str]:
     yield _entry("UNet", _unet(recipe, images))
     yield _entry("guidance", _guidance(recipe, images))
     epochs = distillation.steps * distillation.batch_size / images
+    cached, reason = uses_cache(distillation, images)
     yield _entry(
         "distillation",
         f"{distillation.steps:,} steps of {distillation.batch_size}, {epochs:,.1f} times through all images; "
         f"{distillation.optimizer}, learning rate {distillation.learning_rate:g}, temperature "
-        f"{distillation.temperature:g}",
+        f"{distillation.temperature:g}; the teacher's answers are {'kept' if cached else 'computed'}: {reason}",
     )
     yield _entry("disk", _disk(recipe, images, len(shards)))
 
@@ -136,14 +138,17 @@ def _guidance(recipe: Recipe, images: int) -> str:
 
 def _disk(recipe: Recipe, images: int, shards: int) -> str:
     """Files and, from above, bytes: raw pixels for an image, two tar headers and its record beside it."""
+    from diffdfkd.engine.logits import uses_cache
     from diffdfkd.engine.painter import saved_size
 
     pixels = saved_size(recipe) ** 2 * recipe.teacher.channels
-    synthetic = images * (pixels + 3072) + shards * 16_384
+    kept, _ = uses_cache(recipe.distillation, images)
+    answers = images * len(recipe.teacher.classes) * 4 if kept else 0
+    synthetic = images * (pixels + 3072) + shards * 16_384 + answers
     weights = 4 * sum(tensor.numel() for tensor in student(recipe).state_dict().values())
     moments = 2 if recipe.distillation.optimizer == "adamw" else 1
-    # A checkpoint is complete before the one before it goes; a snapshot after each round, and the student itself.
-    training = weights * (recipe.rounds + 1) + 2 * weights * (2 + moments)
+    # Snapshots, student and ONNX file; two checkpoints and the one that replaces the older; then what has no weights.
+    training = weights * (recipe.rounds + 2) + 3 * weights * (2 + moments) + 250_000
     total = synthetic + training
     folder = Path(recipe.output).absolute()
     there = next(place for place in (folder, *folder.parents) if place.exists())

@@ -93,13 +93,13 @@ def _lora(lora: LoraRecipe, field: str) -> Item:
 
 
 def _teacher(recipe: Recipe) -> Item:
-    from diffdfkd.engine.classifier import build_classifier
+    from diffdfkd.engine.classifier import build_classifier, build_model
 
     teacher = recipe.teacher
     if teacher.weights is not None and not Path(teacher.weights).is_file():
         if teacher.architecture not in ("exported", "torchscript"):
             # The architecture and its options, at least.
-            build_classifier(teacher.model_copy(update={"weights": None}), teacher, field="student", seed=recipe.seed)
+            build_model(teacher.architecture, teacher.options, teacher.channels, len(teacher.classes), field="teacher")
         where = f"; {recipe.about.teacher}" if recipe.about.teacher else ""
         return Item("teacher.weights", None, f"{teacher.weights}: no such file{where}")
     built = build_classifier(teacher, teacher, field="teacher")
