@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from diffdfkd.engine.architectures import ARCHITECTURES
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.programs import READERS, Program, load_program
 from diffdfkd.engine.recipe import ClassifierRecipe, TeacherRecipe
 from diffdfkd.engine.weights import load_weights
 
@@ -32,19 +33,25 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
+    channel_order: str = "rgb"
+    """``bgr``: the classifier's first channel is blue; ``mean`` and ``std`` are in its order."""
 
     def __call__(self, images: Tensor) -> Tensor:
         images = self.fit(images)
         # Plain numbers and no tensor made from them: nothing is copied to the device, and the graph stays flat.
-        if len(self.mean) == len(self.std) == 1:
+        if len(self.mean) == len(self.std) == 1 and self.channel_order == "rgb":
             return (images - self.mean[0]) / self.std[0]
         means = self.mean if len(self.mean) > 1 else self.mean * self.channels
         stds = self.std if len(self.std) > 1 else self.std * self.channels
-        planes = zip(images.split(1, dim=1), means, stds, strict=True)
+        planes = zip(self._ordered(images), means, stds, strict=True)
         return torch.cat([(plane - mean) / std for plane, mean, std in planes], dim=1)
 
+    def _ordered(self, images: Tensor) -> tuple[Tensor, ...]:
+        planes = images.split(1, dim=1)
+        return planes[::-1] if self.channel_order == "bgr" else planes
+
     def fit(self, images: Tensor) -> Tensor:
-        """Channels and size only, still in [0, 1] (bicubic may overshoot): resized as torchvision does."""
+        """Channels and size only, still RGB in [0, 1] (bicubic may overshoot): resized as torchvision does."""
         images = convert_channels(images, self.channels)
         if images.shape[-2:] == (self.size, self.size):
             return images
@@ -93,19 +100,35 @@ def build_classifier(
     if field == "teacher" and recipe.weights is None:
         raise UserError("teacher.weights: missing; name the file with the trained teacher's state dict")
     preprocessing = Preprocessing(
-        teacher.channels, teacher.size, tuple(teacher.mean), tuple(teacher.std), teacher.interpolation
+        teacher.channels,
+        teacher.size,
+        tuple(teacher.mean),
+        tuple(teacher.std),
+        teacher.interpolation,
+        teacher.channel_order,
     )
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.manual_seed(seed)
-        model = build_model(recipe.architecture, recipe.options, teacher.channels, len(teacher.classes), field=field)
-        if recipe.weights is not None:
-            load_weights(model, recipe.weights, field=field)
+        if recipe.architecture in READERS and field == "teacher" and recipe.weights is not None:
+            if recipe.options:
+                raise UserError(f"teacher.options: {recipe.architecture} takes none; the file is the whole program")
+            model: nn.Module = load_program(
+                recipe.architecture, recipe.weights, teacher.channels, teacher.size, field=field
+            )
+        else:
+            model = build_model(
+                recipe.architecture, recipe.options, teacher.channels, len(teacher.classes), field=field
+            )
+            if recipe.weights is not None:
+                load_weights(model, recipe.weights, field=field)
         # A student without a seed is one that exists and is not trained.
         modes = (False, True) if field == "student" and seed is not None else (False,)
         for training in modes:
             check_model(model, teacher.channels, teacher.size, len(teacher.classes), field=field, training=training)
     classifier = Classifier(model, preprocessing, teacher.classes)
+    if isinstance(model, Program):
+        return classifier.requires_grad_(False).eval()
     if field == "teacher":
         # The layout in which CPU and GPU convolutions are fastest; nothing flattens a frozen network's parameters.
         return classifier.requires_grad_(False).eval().to(memory_format=torch.channels_last)
@@ -119,6 +142,11 @@ def build_model(architecture: str, options: dict[str, Any], channels: int, class
     """
     where = f"{field}.architecture"
     source, colon, name = architecture.partition(":")
+    if architecture in READERS:
+        raise UserError(
+            f"{where}: {architecture} is a whole program, which can teach but not be trained; name a network: built in "
+            f"are {', '.join(sorted(ARCHITECTURES))}; or torchvision:<name>, timm:<name>, package.module:factory"
+        )
     if not colon:
         factory = ARCHITECTURES.get(architecture)
         if factory is None:
@@ -186,6 +214,21 @@ def _call(factory: Callable[..., Any], given: dict[str, Any], options: dict[str,
         raise UserError(f"{field}.options: the architecture refuses {options}: {error}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{field}.architecture: the factory returned {type(model).__name__}, not a torch.nn.Module")
+    return uncompiled(model)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module without torch.compile, at any depth: compiled code has no place for BatchNorm taps."""
+    # By its attribute, since the class lives in a package that takes a second to import.
+    inner = model.__dict__.get("_modules", {}).get("_orig_mod")
+    if inner is not None:
+        return uncompiled(inner)
+    if not isinstance(model, torch.jit.ScriptModule):
+        for name, child in model.named_children():
+            if (plain := uncompiled(child)) is not child:
+                setattr(model, name, plain)
+        if model._compiled_call_impl is not None:  # by module.compile()
+            model._compiled_call_impl = None
     return model
 
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 MOST_SHARDS = 100_000
 """Of a run: far above what is of use, far below what fills memory and folders."""
 
+PROGRAMS = ("exported", "torchscript")
+"""Architectures whose weights file is the whole program: engine/programs.py."""
+
 
 def guided_steps(guidance: "GuidanceRecipe", steps: int) -> list[bool]:
     """Per step, whether it is guided: each ``every``-th of those that begin inside the window.
@@ -48,8 +51,29 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
             yield f"teacher.{name}", f"got {len(values)} numbers for {teacher.channels} channel(s); give 1 or one each"
         if any(not math.isfinite(value) for value in values):
             yield f"teacher.{name}", f"got {values}; finite numbers only"
+    if teacher.channel_order == "bgr" and teacher.channels == 1:
+        yield "teacher.channel_order", "bgr, but teacher.channels is 1; a grey image has no order, leave it out"
+    if recipe.student.architecture in PROGRAMS:
+        yield (
+            "student.architecture",
+            f"{recipe.student.architecture} is a whole program, which can teach but not be trained; name a network, "
+            "such as resnet18",
+        )
+    if teacher.architecture in PROGRAMS and guidance.mode != "none" and guidance.batchnorm_weight > 0:
+        yield (
+            "guidance.batchnorm_weight",
+            f"got {guidance.batchnorm_weight}, but teacher.architecture is {teacher.architecture}: L_bn needs the "
+            "input of each BatchNorm layer, which a program does not show; set it to 0, or bring the module's code "
+            "(package.module:factory) and its state dict",
+        )
     if synthesis.words is not None and len(synthesis.words) != len(teacher.classes):
         yield "synthesis.words", f"got {len(synthesis.words)} words for {len(teacher.classes)} classes; give one each"
+    if synthesis.quality is not None and synthesis.format == "png":
+        yield (
+            "synthesis.quality",
+            f"got {synthesis.quality} with synthesis.format=png, which is lossless; set synthesis.format=webp, or "
+            "quality to null",
+        )
     if guidance.mode != "none":
         guided_steps(guidance, synthesis.steps)
         if guidance.rho == 0:
@@ -99,6 +123,13 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
     if recipe.rounds > recipe.distillation.steps:
         yield "rounds", f"got {recipe.rounds} for {recipe.distillation.steps} distillation steps; at most one per step"
     yield from _no_image_left(recipe)
+    mixing = [name for name in recipe.distillation.augmentation if name in ("cutmix", "mixup")]
+    if recipe.distillation.teacher_logits == "cached" and mixing:
+        yield (
+            "distillation.teacher_logits",
+            f"cached, but {mixing[0]} makes an image of two, to which no kept answer belongs; take auto or computed, "
+            f"or leave {' and '.join(mixing)} out of distillation.augmentation",
+        )
     warmup, steps = recipe.distillation.warmup_steps, recipe.distillation.steps
     if warmup >= steps:
         yield (

@@ -1,12 +1,67 @@
 """What a classifier's BatchNorm layers see and what they remember: the two sides of the inversion loss L_bn."""
 
+import logging
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.programs import Program
+
+if TYPE_CHECKING:
+    from diffdfkd.engine.recipe import GuidanceRecipe
+
+log = logging.getLogger(__name__)
+
+CLASS_LOSS_ALONE = (
+    "guidance: the teacher has no BatchNorm layer to read, so that the class loss guides alone, which gained nothing "
+    "where it was measured (docs/method.md, 'Without BatchNorm'); compare with guidance.mode=none"
+)
+
+
+def tappable(model: nn.Module) -> dict[str, _BatchNorm]:
+    """BatchNorm layers with running statistics, by name, in the order of their definition."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
+    }
+
+
+def untappable(model: nn.Module) -> str:
+    """Why a teacher without a tappable layer has none, and what to do."""
+    modules = list(model.modules())
+    if any(isinstance(module, (Program, torch.jit.ScriptModule)) for module in modules):
+        return (
+            "the teacher is a compiled or exported program, and L_bn needs the input of each BatchNorm layer, which "
+            "a program does not show; set it to 0, or bring the module's code (teacher.architecture: "
+            "package.module:factory) and its state dict"
+        )
+    if any(isinstance(module, _BatchNorm) for module in modules):
+        return (
+            "the teacher's BatchNorm layers keep no running statistics (track_running_stats=False), so that a batch "
+            "has nothing to be compared with; set it to 0"
+        )
+    return (
+        "the teacher has no BatchNorm layer with running statistics, as a ViT or ConvNeXt has none; set it to 0, or "
+        "take a teacher with BatchNorm"
+    )
+
+
+def check_taps(model: nn.Module, guidance: "GuidanceRecipe") -> None:
+    """Look at the teacher before a run: UserError where L_bn is wanted and cannot be had.
+
+    A teacher without it that guides by its class loss alone is allowed, with one warning of what that is worth.
+    """
+    if guidance.mode == "none":
+        return
+    if guidance.batchnorm_weight > 0:
+        BatchNormTaps(model).remove()
+    elif not tappable(model):
+        log.warning(CLASS_LOSS_ALONE)
 
 
 class BatchNormTaps:
@@ -17,18 +72,13 @@ class BatchNormTaps:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = {
-            name: layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
-        }
+        layers = tappable(model)
         if not layers:
-            raise UserError(
-                "guidance.batchnorm_weight: the teacher has no BatchNorm layer with running statistics; set it to 0"
-            )
+            raise UserError(f"guidance.batchnorm_weight: {untappable(model)}")
         self.names = list(layers)
         self._layers = list(layers.values())
         self._inputs: list[Tensor | None] = [None] * len(layers)
+        self._versions = [0] * len(layers)
         self._handles = [model.register_forward_pre_hook(lambda *_: self.clear())]
         for index, layer in enumerate(self._layers):
             self._handles.append(layer.register_forward_pre_hook(self._tap(index)))
@@ -36,19 +86,30 @@ class BatchNormTaps:
     def _tap(self, index: int) -> Any:
         def keep(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             self._inputs[index] = inputs[0]
+            self._versions[index] = _version(inputs[0])
 
         return keep
 
     @property
     def inputs(self) -> list[Tensor]:
-        """Input [B,C,...] of each layer in the order of `names`; UserError if the last forward left one out."""
+        """Input [B,C,...] of each layer in the order of `names`.
+
+        UserError if the last forward left one out, or wrote over it after the layer had read it.
+        """
         missing = [name for name, kept in zip(self.names, self._inputs, strict=True) if kept is None]
         if missing:
             raise UserError(
                 f"teacher.architecture: BatchNorm layers {', '.join(missing[:3])} took no part in the forward; build "
                 "the teacher without them (such as auxiliary heads), or set guidance.batchnorm_weight=0"
             )
-        return [kept for kept in self._inputs if kept is not None]
+        found = [kept for kept in self._inputs if kept is not None]
+        for name, kept, version in zip(self.names, found, self._versions, strict=True):
+            if _version(kept) != version:
+                raise UserError(
+                    f"teacher.architecture: the input of BatchNorm layer {name} is written over by a later in-place "
+                    "operation; build the teacher with inplace=False, or set guidance.batchnorm_weight=0"
+                )
+        return found
 
     @property
     def running_means(self) -> list[Tensor]:
@@ -77,3 +138,8 @@ class BatchNormTaps:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; not counted under inference mode."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -73,12 +73,11 @@ def load_prior_for(recipe: Recipe, teacher: "Classifier") -> "Prior":
     from diffdfkd.engine.prior import load_prior
     from diffdfkd.engine.prior_files import find_prior, read_scheduler_config
     from diffdfkd.engine.schedule import make_table
-    from diffdfkd.engine.taps import BatchNormTaps
+    from diffdfkd.engine.taps import check_taps
 
     folder = find_prior(recipe.prior)  # of a hub id, by way of the network
     make_table(recipe.synthesis.sampler, read_scheduler_config(folder), recipe.synthesis.steps)
-    if recipe.guidance.mode != "none" and recipe.guidance.batchnorm_weight > 0:
-        BatchNormTaps(teacher.model).remove()
+    check_taps(teacher.model, recipe.guidance)
     with fitting("prior.path", "the prior", "give prior.dtype=bfloat16, a smaller prior, or another device"):
         return load_prior(recipe.prior.model_copy(update={"path": str(folder)}), recipe.device)
 
