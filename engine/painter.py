@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from diffdfkd.engine.classifier import Classifier, convert_channels
 from diffdfkd.engine.cutmix import CutMixPlan, plan_cutmix
+from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.memory import fitting, machine_memory, refuse_more
 from diffdfkd.engine.plan import SAMPLES_PER_ROUND, ShardPlan, class_labels, sample_ids, weights_digest
 from diffdfkd.engine.prior import Prior
@@ -80,7 +81,14 @@ class Painter:
         synthesis, guidance = recipe.synthesis, recipe.guidance
         self.table = make_table(synthesis.sampler, models.prior.scheduler_config, synthesis.steps, self.device)
         dtype = getattr(torch, recipe.prior.dtype)
-        self.unet = unet_stage(models.prior, dtype)
+        self.unet = unet_stage(models.prior, dtype, synthesis.guidance_scale)
+        # A UNet that is told the scale runs once, on the prompt alone.
+        self.scale = 1.0 if models.prior.guidance_width is not None else synthesis.guidance_scale
+        if self.scale != synthesis.guidance_scale and guidance.mode != "none" and guidance.rho_rule == "cfg":
+            raise UserError(
+                "guidance.rho_rule: cfg needs an unconditional half, but this prior's UNet takes the guidance scale as "
+                "an input; take unit or raw"
+            )
         self.decode = decode_stage(models.prior, dtype)
         self.context, self.rows = _embed(models.prior, class_prompts(recipe))
         self.taps: BatchNormTaps | None = None
@@ -120,13 +128,13 @@ class Painter:
             cutmix, classes, len(recipe.teacher.classes), recipe.synthesis.steps, shape[1:], recipe.seed, ids
         )
         context = self.context[self.rows[classes]]
-        if recipe.synthesis.guidance_scale != 1:
+        if self.scale != 1:
             context = torch.cat([self.context[-1:].expand_as(context), context])
         trajectory = sample(
             self.unet,
             self.table,
             context,
-            scale=recipe.synthesis.guidance_scale,
+            scale=self.scale,
             noise=philox_normal(recipe.seed, ids, 0, INITIAL_NOISE, shape),
             sample_ids=ids,
             seed=recipe.seed,

@@ -67,6 +67,11 @@ BAD = [
     ("distillation.deepspeed.bf16={enabled: true}", ["distillation.deepspeed.bf16", "distillation.dtype decides"]),
     ("distillation.deepspeed.zero_optimization=2", ["distillation.deepspeed.zero_optimization", "mapping"]),
     ("distillation.holdout=400", ["distillation.holdout", "400 of 400"]),
+    ("synthesis.quality=80", ["synthesis.quality", "80", "format=png", "webp"]),
+    (
+        "distillation={teacher_logits: cached, augmentation: [flip, mixup]}",
+        ["distillation.teacher_logits", "mixup", "auto or computed"],
+    ),
     ("evaluation.labels=x", ["evaluation.labels", "without evaluation.images"]),
     ("seed=-1", ["seed", "-1"]),
     ("seed=x", ["seed", "integer"]),
