@@ -236,10 +236,11 @@ def _check_fit(folder: Path, unet: Any, vae: Any, text_encoder: Any, tokenizer: 
             f"{folder / 'tokenizer' / 'tokenizer_config.json'}: model_max_length is {tokenizer.model_max_length}, but "
             f"the text encoder has {longest} positions; set it to {longest}, or take parts that belong together"
         )
-    if len(tokenizer) > text_encoder.config.vocab_size:
+    highest, known = max(tokenizer.get_vocab().values()), text_encoder.config.vocab_size
+    if highest >= known:
         raise UserError(
-            f"{folder / 'tokenizer'}: has {len(tokenizer)} tokens, but the text encoder knows "
-            f"{text_encoder.config.vocab_size}; take parts that belong together"
+            f"{folder / 'tokenizer'}: its tokens go up to number {highest}, but {folder / 'text_encoder'} knows "
+            f"{known}; take parts that belong together"
         )
     extra = [key for key in ("class_embed_type", "addition_embed_type", "encoder_hid_dim") if unet.config.get(key)]
     if extra:

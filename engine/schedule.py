@@ -112,13 +112,16 @@ def _scheduler(sampler: str, config: Mapping[str, Any], steps: int) -> Any:
     try:
         scheduler = kind.from_config({key: value for key, value in config.items() if key in known})
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"scheduler_config.json: no {sampler} schedule from it: {error}") from None
+        raise UserError(
+            f"prior.path: no {sampler} schedule from its scheduler_config.json ({error}); take another "
+            "synthesis.sampler, or another prior"
+        ) from None
     allowed = {"prediction_type": PREDICTION_TYPES, **SUPPORTED[sampler]}
     for key, values in allowed.items():
         given = scheduler.config.get(key)
         if given not in values:
             raise UserError(
-                f"scheduler_config.json: {key}={given} is not supported by the {sampler} sampler; "
+                f"prior.path: {key}={given} in its scheduler_config.json is not supported by the {sampler} sampler; "
                 f"allowed: {', '.join(str(value) for value in values)}"
             )
     total = scheduler.config.num_train_timesteps

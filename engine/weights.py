@@ -67,7 +67,10 @@ def load_weights(model: nn.Module, path: str | Path, *, field: str) -> None:
         )
     broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
-        raise UserError(f"{where}: {path} holds numbers that are not finite ({', '.join(broken[:3])})")
+        raise UserError(
+            f"{where}: {path} holds numbers that are not finite ({', '.join(broken[:3])}); "
+            "fetch the file, or train the network, again"
+        )
     model.load_state_dict(state)
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from diffdfkd.engine.logits import Part
     from diffdfkd.engine.prior import Prior
 
+LOOKED_AT = 50
+"""Test images, evenly spread, that are decoded before a run begins."""
+
 
 def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     """Synthesis and distillation in rounds, evaluation, report; returns what ``result.json`` holds.
@@ -113,12 +116,15 @@ def open_test(
             interpolation=teacher.interpolation,
             crop_fraction=teacher.crop_fraction,
         )
-        # Said now rather than by the evaluation, hours later.
+        # Said now rather than by the evaluation, hours later; so is damage, as far as a look here and there finds it.
         if (index := images.first_unlabelled()) is not None:
             raise UserError(
                 f"{recipe.evaluation.images}: image {index} has no label; give a folder with one sub-folder a class, "
                 "an IDX file, or evaluation.images=null"
             )
+        last = len(images) - 1
+        for index in sorted({round(last * part / LOOKED_AT) for part in range(LOOKED_AT + 1)}):
+            images.read([index])
     return images
 
 
