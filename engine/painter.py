@@ -173,7 +173,6 @@ class Painter:
         """The shard's samples in order, None for a dropped one; ``painted`` is told of each batch."""
         synthesis, classes = self.recipe.synthesis, len(self.recipe.teacher.classes)
         end = plan.first + plan.samples
-        self._refuse_more(min(synthesis.batch_size, plan.samples))
         for first in range(plan.first, end, synthesis.batch_size):
             count = min(synthesis.batch_size, end - first)
             ids = sample_ids(self.round, first, count)
@@ -187,13 +186,6 @@ class Painter:
                 image = encode(painting.images[i], synthesis.format, synthesis.quality)
                 key = f"{self.round:03d}-{id % SAMPLES_PER_ROUND:08d}"
                 yield Sample(key, image, self._record(painting, i, id, label), synthesis.format)
-
-    def _refuse_more(self, batch: int) -> None:
-        """UserError for a batch whose latents and images alone are more than all memory, before any is taken."""
-        values = 4 * math.prod(self.prior.latent_shape) + self.prior.channels * math.prod(self.prior.image_size)
-        gpu = self.device.type == "cuda"
-        there = torch.cuda.get_device_properties(self.device).total_memory if gpu else machine_memory()
-        refuse_more("synthesis.batch_size", f"a batch of {batch:,} images", 4 * values * batch, there, SMALLER)
 
     def _record(self, painting: Painting, i: int, id: int, label: int) -> dict[str, Any]:
         record: dict[str, Any] = {
@@ -224,6 +216,14 @@ class Painter:
 def _lasting(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """A diffusers or transformers configuration without where it was read from and by which version."""
     return sorted((key, config[key]) for key in config if not key.startswith("_") and key != "transformers_version")
+
+
+def refuse_batch(prior: Prior, images: int) -> None:
+    """UserError for a batch whose latents and images alone are more than all memory, before any is taken."""
+    device = next(prior.unet.parameters()).device
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_memory()
+    values = 4 * math.prod(prior.latent_shape) + prior.channels * math.prod(prior.image_size)
+    refuse_more("synthesis.batch_size", f"a batch of {images:,} images", 4 * values * images, there, SMALLER)
 
 
 def uses_student(recipe: Recipe, round: int) -> bool:
