@@ -27,7 +27,6 @@ from diffdfkd.engine.painter import (
     class_prompts,
     first_losses,
     last_losses,
-    refuse_batch,
     round_,
     uses_student,
 )
@@ -90,7 +89,6 @@ def synthesize(
     folder = shards.round_folder(root, round)
     plans = shard_plan(recipe, round)
     choices = round_choices(recipe, models, round)
-    refuse_batch(models.prior, min(recipe.synthesis.batch_size, round_samples(recipe, round)))
     shards.remove_temporary(folder)
     _refuse_foreign(root, folder, recipe, len(plans), choices)
     # Of the shards only their counts are kept: a sidecar repeats all choices, and there may be very many.

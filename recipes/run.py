@@ -72,7 +72,9 @@ def load(recipe: Recipe) -> tuple["Prior", "Classifier", "Classifier", "Images |
 
 def load_prior_for(recipe: Recipe, teacher: "Classifier") -> "Prior":
     """The recipe's prior, once its schedule and the teacher are known to serve the recipe: those are looked at fast."""
+    from diffdfkd.engine.combinations import round_samples
     from diffdfkd.engine.memory import fitting
+    from diffdfkd.engine.painter import refuse_batch
     from diffdfkd.engine.prior import load_prior
     from diffdfkd.engine.prior_files import find_prior, read_scheduler_config
     from diffdfkd.engine.schedule import make_table
@@ -82,7 +84,9 @@ def load_prior_for(recipe: Recipe, teacher: "Classifier") -> "Prior":
     make_table(recipe.synthesis.sampler, read_scheduler_config(folder), recipe.synthesis.steps)
     check_taps(teacher.model, recipe.guidance)
     with fitting("prior.path", "the prior", "give prior.dtype=bfloat16, a smaller prior, or another device"):
-        return load_prior(recipe.prior.model_copy(update={"path": str(folder)}), recipe.device)
+        prior = load_prior(recipe.prior.model_copy(update={"path": str(folder)}), recipe.device)
+    refuse_batch(prior, min(recipe.synthesis.batch_size, round_samples(recipe, 0)))
+    return prior
 
 
 def load_classifiers(recipe: Recipe) -> tuple["Classifier", "Classifier", "Images | None"]:
