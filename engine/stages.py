@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.inversion import adversarial_loss, batchnorm_loss, class_loss
@@ -56,19 +57,36 @@ class Chain(Protocol):
     def __call__(self, x0: Tensor, targets: Tensor, alive: Tensor) -> Gradient: ...
 
 
-def unet_stage(prior: Prior, dtype: torch.dtype = torch.float32) -> UNet:
+def unet_stage(prior: Prior, dtype: torch.dtype = torch.float32, guidance_scale: float = 1.0) -> UNet:
     """The prior's UNet: sample [N, c, h, w], timestep [N], context [N, T, D] -> float32 [N, c, h, w].
 
-    ``dtype`` is the arithmetic inside (autocast); weights stay as they are. Autograd can cross the stage.
+    ``dtype`` is the arithmetic inside (autocast); weights stay as they are. Autograd can cross the stage. A UNet that
+    takes the guidance scale as an input is told ``guidance_scale``; any other one is not.
     """
+    told = None
+    if prior.guidance_width is not None:
+        told = guidance_embedding(guidance_scale, prior.guidance_width).to(next(prior.unet.parameters()).device)
 
     def unet(sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         sample = sample.contiguous(memory_format=torch.channels_last)
+        condition = None if told is None else told.expand(len(sample), -1)
         with arithmetic(sample.device, dtype):
-            output = prior.unet(sample, timestep, encoder_hidden_states=context, return_dict=False)[0]
+            output = prior.unet(
+                sample, timestep, encoder_hidden_states=context, timestep_cond=condition, return_dict=False
+            )[0]
         return _at_least_float32(output)
 
     return unet
+
+
+def guidance_embedding(scale: float, width: int) -> Tensor:
+    """[1, width] float32: how a distilled UNet is told the guidance scale (Luo et al., arXiv 2310.04378, section 4.2).
+
+    Sines and cosines of 1000 (scale - 1) at geometric frequencies from 1 to 1e-4, as in diffusers' pipelines.
+    """
+    frequencies = torch.logspace(0, -4, width // 2, dtype=torch.float64)
+    angles = 1000 * (scale - 1) * frequencies
+    return functional.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2)).float()[None]
 
 
 def decode_stage(prior: Prior, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:

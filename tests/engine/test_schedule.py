@@ -22,6 +22,7 @@ BASE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "
 SD1 = {**BASE, "_class_name": "PNDMScheduler", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
 SD2 = {**SD1, "_class_name": "DDIMScheduler", "timestep_spacing": "leading", "prediction_type": "v_prediction"}
 ZERO_SNR = {**SD2, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+TURBO = {**SD1, "_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", "timestep_type": "discrete"}
 STEPS = (1, 2, 4, 12, 50)
 
 
@@ -123,6 +124,50 @@ def test_options_of_the_configuration(
     sampler: str, options: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare(sampler, {**SD1, **options}, steps, monkeypatch)
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_lcm_on_sd1_at_a_few_steps(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As LCM-LoRA is sampled: the teacher's 50 timesteps, evenly skipped, from 999 on."""
+    compare("lcm", SD1, steps, monkeypatch)
+    assert make_table("lcm", SD1, steps).timesteps[0] == 999
+
+
+@pytest.mark.parametrize("steps", range(1, 5))
+def test_turbo_configuration(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare("euler", TURBO, steps, monkeypatch)
+    assert make_table("euler", TURBO, steps).timesteps.tolist() == [
+        round(1000 - 1000 * step / steps) - 1 for step in range(steps)
+    ]
+
+
+def test_ancestral_euler_of_a_turbo_folder_is_euler_in_one_step() -> None:
+    """Its noise is that of the level it goes to, which is zero at the end; in more steps ours adds none either."""
+    table = make_table("euler", {**TURBO, "_class_name": "EulerAncestralDiscreteScheduler"}, 1)
+    scheduler: Any = diffusers.EulerAncestralDiscreteScheduler.from_config(TURBO)
+    scheduler.set_timesteps(1)
+    z = scheduler.init_noise_sigma * philox_normal(SEED, SAMPLES, 0, INITIAL_NOISE, SHAPE)
+    output = model(scheduler.scale_model_input(z, scheduler.timesteps[0]), scheduler.timesteps[0])
+    expected = scheduler.step(output, scheduler.timesteps[0], z).prev_sample
+    torch.testing.assert_close(ours("euler", TURBO, 1)[0], expected, rtol=1e-4, atol=1e-4)
+    assert not table.noisy
+
+
+@pytest.mark.parametrize(
+    ("sampler", "config", "steps", "said"),
+    [
+        ("euler", "leading", 1, True),
+        ("ddim", "leading", 2, True),
+        ("ddim", "leading", 4, False),
+        ("euler", "trailing", 1, False),
+        ("lcm", "leading", 1, False),
+    ],
+)
+def test_schedule_that_begins_in_the_middle_is_said(
+    sampler: str, config: str, steps: int, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_table(sampler, {**SD1, "timestep_spacing": config}, steps)
+    assert (f"{steps} step(s) of {sampler} begin at timestep" in caplog.text) == said
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
