@@ -1,6 +1,5 @@
 """From sample ids and classes to images in bytes: one batch of the guided sampler, decoded, resized and encoded."""
 
-import io
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from diffdfkd.engine.classifier import Classifier, convert_channels
 from diffdfkd.engine.cutmix import CutMixPlan, plan_cutmix
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.memory import fitting, machine_memory, refuse_more
+from diffdfkd.engine.pixels import encode_image
 from diffdfkd.engine.plan import SAMPLES_PER_ROUND, ShardPlan, class_labels, sample_ids, weights_digest
 from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.recipe import Recipe
@@ -256,16 +256,8 @@ def encode(image: Tensor, format: Literal["png", "webp"], quality: int | None = 
 
     Lossless, unless a `quality` from 1 to 100 is given for WebP.
     """
-    stream = io.BytesIO()
     pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-    picture = Image.fromarray(pixels.contiguous().numpy())
-    if format == "png":
-        picture.save(stream, "PNG", compress_level=6)
-    elif quality is None:
-        picture.save(stream, "WEBP", lossless=True, quality=80, method=4)  # here quality is effort
-    else:
-        picture.save(stream, "WEBP", quality=quality, method=4)
-    return stream.getvalue()
+    return encode_image(Image.fromarray(pixels.contiguous().numpy()), format, quality)
 
 
 def last_losses(losses: Tensor) -> dict[str, float] | None:

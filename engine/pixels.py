@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -95,6 +95,19 @@ def open_image(content: bytes, name: str) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: not a readable image: {error}") from None
     return image
+
+
+def encode_image(image: Image.Image, format: Literal["png", "webp", "jpeg"], quality: int | None = None) -> bytes:
+    """An encoded file, lossless but for JPEG and WebP with a `quality` from 1 to 100."""
+    lossless: dict[str, dict[str, Any]] = {
+        "png": {"compress_level": 6},
+        "webp": {"lossless": True, "quality": 80, "method": 4},  # here quality is effort
+        "jpeg": {"quality": 95},
+    }
+    stream = io.BytesIO()
+    options = lossless[format] if quality is None else {"quality": quality, "method": 4}
+    image.save(stream, format.upper(), **options)
+    return stream.getvalue()
 
 
 def stack(arrays: Sequence[np.ndarray], names: Sequence[str]) -> Tensor:

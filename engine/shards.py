@@ -214,6 +214,12 @@ def verify_shard(path: Path) -> Sidecar:
     sidecar = read_sidecar(path)
     if (sidecar.shard, sidecar.round) != (path.name, number_in(path.parent.name)):
         raise DamagedShard(f"its sidecar belongs to round {sidecar.round}, {sidecar.shard}")
+    return verify_content(path)
+
+
+def verify_content(path: Path) -> Sidecar:
+    """As `verify_shard`, in whatever folder the tar lies."""
+    sidecar = read_sidecar(path)
     try:
         size = path.stat().st_size
         if size != sidecar.bytes:

@@ -6,6 +6,7 @@ import os
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,7 +38,7 @@ class TarImages:
         # A row a sample: tar, offset and length of the image, offset and length of the label (0 without), is it JSON.
         # Packed tar by tar: as Python's numbers a million samples would take 300 MB.
         rows = [
-            np.asarray([(number, *sample) for sample in _scan(tar, wanted.labelled)], np.int64).reshape(-1, 6)
+            np.asarray([(number, *sample.row) for sample in scan_tar(tar, wanted.labelled)], np.int64).reshape(-1, 6)
             for number, tar in enumerate(tars)
         ]
         self._rows = np.concatenate(rows)
@@ -107,8 +108,18 @@ def check_label(label: int, classes: list[str] | None, name: str) -> int:
     return label
 
 
-def _scan(path: Path, labelled: bool) -> list[tuple[int, int, int, int, bool]]:
-    """(image offset, length, label offset, length, label is JSON) of each sample, in the order of the tar."""
+@dataclass(frozen=True, slots=True)
+class TarSample:
+    """Where a sample lies in its tar."""
+
+    key: str
+    """Name of its members up to the first dot, folders included, as the tar has it: never to be trusted as a path."""
+    row: tuple[int, int, int, int, bool]
+    """Offset and length of the image, offset and length of the label (0 without), whether that is JSON."""
+
+
+def scan_tar(path: Path, labelled: bool) -> list[TarSample]:
+    """The samples of a WebDataset tar in its order; UserError unless it is whole and uncompressed."""
     images: dict[str, tuple[int, int]] = {}
     members = 0
     labels: dict[str, tuple[int, int, bool]] = {}
@@ -136,4 +147,4 @@ def _scan(path: Path, labelled: bool) -> list[tuple[int, int, int, int, bool]]:
             members - len(images),
             members,
         )
-    return [(*place, *labels.get(key, (0, 0, False))) for key, place in images.items()]
+    return [TarSample(key, (*place, *labels.get(key, (0, 0, False)))) for key, place in images.items()]
