@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from diffdfkd.engine.errors import UserError
+
 
 class Journal:
     """Appends events to a JSON-lines file, which a run that continues goes on with.
@@ -53,9 +55,19 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Events in the order written; a last line torn by a kill is left out. Raises ValueError for any other bad line."""
+    """Events in the order written; a last line torn by a kill is left out. Raises UserError for any other bad line."""
     lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return [_event(line, path, number) for number, line in enumerate(lines[:-1], 1)]
+
+
+def _event(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        event = None
+    if not isinstance(event, dict) or "event" not in event:
+        raise UserError(f"{path}: line {number} is damaged; take the line out, and give the command again")
+    return event
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -246,9 +247,39 @@ def list_shards(root: Path, round: int) -> Iterator[Sidecar]:
 def write_manifest(root: Path, rounds: int) -> Path:
     """``manifest.jsonl``: a line for each shard of the first ``rounds`` rounds, from the sidecars and nothing else."""
     with atomic_file(root / MANIFEST) as stream:
-        for round in range(rounds):
-            for sidecar in list_shards(root, round):
-                line = sidecar.model_dump(mode="json", exclude={"version", "choices"})
-                line["shard"] = f"{round_folder(root, round).name}/{sidecar.shard}"
-                stream.write(canonical_json(line) + b"\n")
+        stream.writelines(_manifest_lines(root, rounds))
     return root / MANIFEST
+
+
+def manifest_fault(root: Path, rounds: int) -> str | None:
+    """In what way the manifest is not as the sidecars of the first ``rounds`` rounds say; None where it is."""
+    try:
+        with open(root / MANIFEST, "rb") as stream:
+            for number, (line, wanted) in enumerate(zip_longest(stream, _manifest_lines(root, rounds)), 1):
+                if line != wanted:
+                    return f"line {number} is {'missing' if line is None else 'not as the sidecars say'}"
+    except FileNotFoundError:
+        return "it is missing"
+    return None
+
+
+def damaged_line(root: Path) -> str | None:
+    """The manifest's first line that is no JSON, in words; None where there is none, or no manifest."""
+    try:
+        with open(root / MANIFEST, "rb") as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    json.loads(line)
+                except ValueError:
+                    return f"line {number} is damaged"
+    except FileNotFoundError:
+        return None
+    return None
+
+
+def _manifest_lines(root: Path, rounds: int) -> Iterator[bytes]:
+    for round in range(rounds):
+        for sidecar in list_shards(root, round):
+            line = sidecar.model_dump(mode="json", exclude={"version", "choices"})
+            line["shard"] = f"{round_folder(root, round).name}/{sidecar.shard}"
+            yield canonical_json(line) + b"\n"

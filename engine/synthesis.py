@@ -136,6 +136,8 @@ def synthesize(
                         watch.look(signs, losses, round=round, shard=plan.index)
                 seconds, started = seconds + now - started, now
                 _refuse_loss(recipe, lost)
+    if fault := shards.damaged_line(root):
+        log.warning("%s is written again: %s", root / shards.MANIFEST, fault)
     shards.write_manifest(root, rounds=round + 1)
     ours = [*existing.values(), *made]
     return SynthesisSummary(

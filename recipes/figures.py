@@ -1,6 +1,7 @@
 """The figures of a run: its last act, ``result.json``, the student's files and the report, and their sources."""
 
 import json
+import logging
 import sys
 import tarfile
 import time
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from diffdfkd.engine.evaluation import Evaluation
     from diffdfkd.engine.images import Images
     from diffdfkd.engine.journal import Journal
+
+log = logging.getLogger(__name__)
 
 
 def finish(
@@ -132,7 +135,15 @@ def finished(folder: RunFolder) -> dict[str, Any] | None:
     """The result of a run to which nothing is left to do: every shard whole, the student and the figures there."""
     from diffdfkd.engine.plan import shard_plan
     from diffdfkd.engine.report import write_report
-    from diffdfkd.engine.shards import MANIFEST, DamagedShard, round_folder, shard_path, verify_shard, write_manifest
+    from diffdfkd.engine.shards import (
+        MANIFEST,
+        DamagedShard,
+        manifest_fault,
+        round_folder,
+        shard_path,
+        verify_shard,
+        write_manifest,
+    )
     from diffdfkd.engine.weights import digest
 
     recipe = folder.recipe
@@ -149,8 +160,10 @@ def finished(folder: RunFolder) -> dict[str, Any] | None:
             verify_shard(shard_path(round_folder(folder.path / "synthetic", plan.round), plan.index))
     except DamagedShard:
         return None
-    if plans and not (folder.path / "synthetic" / MANIFEST).is_file():
-        write_manifest(folder.path / "synthetic", recipe.rounds)
+    root = folder.path / "synthetic"
+    if plans and (fault := manifest_fault(root, recipe.rounds)):
+        log.warning("%s is written again: %s", root / MANIFEST, fault)
+        write_manifest(root, recipe.rounds)
     # Of the processes of a launch the first alone writes.
     if rank() == 0 and not complete(folder.path, result):
         result = remake(folder.path, recipe, result)

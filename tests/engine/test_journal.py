@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.journal import Journal, read_journal
 
 
@@ -38,7 +39,7 @@ def test_file_that_is_one_torn_line(tmp_path):
 def test_a_damaged_line_in_the_middle_is_not_hidden(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"event": "a"\n{"event": "b"}\n')
-    with pytest.raises(ValueError, match="delimiter"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 1 is damaged; take the line out"):
         read_journal(path)
 
 
