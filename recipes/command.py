@@ -1,7 +1,9 @@
 """Modules that are commands, as in ``python -m diffdfkd.recipes.render_icons``: a mistake is one line, exit code 2."""
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import typer
 
@@ -14,6 +16,21 @@ def run_command(command: typer.Typer | Callable[..., None]) -> None:
         command() if isinstance(command, typer.Typer) else typer.run(command)
     except UserError as error:
         sys.exit(complain(str(error)))
+
+
+def refuse_json(file: Path | None) -> None:
+    """UserError where ``--json`` names a file that cannot be written; asked before the work that it is to hold.
+
+    Makes the folder of the file.
+    """
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--json: {file} cannot be written ({error.strerror}); choose another file") from None
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(f"--json: {file} cannot be written; choose another file")
 
 
 def complain(message: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe
+from diffdfkd.recipes.command import refuse_json
 
 
 def evaluate(
@@ -34,6 +35,7 @@ def evaluate(
     from diffdfkd.recipes.run import open_test, use_device
     from diffdfkd.recipes.run_folder import settle_machine
 
+    refuse_json(json_file)
     if images is not None or labels is not None:
         given = {
             "images": str(images) if images else recipe.evaluation.images,
