@@ -18,8 +18,9 @@ body { margin: 0; background: var(--paper); color: var(--ink);
 main { max-width: 1020px; margin: 0 auto; padding: 36px 20px 72px; }
 h1 { font-size: 28px; line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 19px; letter-spacing: -0.01em; margin: 0; display: inline; color: var(--ink); }
-.contents { position: sticky; top: 0; z-index: 1; display: flex; gap: 18px; overflow-x: auto; margin-top: 28px;
-  padding: 10px 0; background: var(--paper); border-bottom: 1px solid var(--line); font-size: 13.5px; }
+.contents { position: sticky; top: 0; z-index: 1; display: flex; gap: 18px; overflow-x: auto; scrollbar-width: none;
+  margin-top: 28px; padding: 10px 0; background: var(--paper); border-bottom: 1px solid var(--line);
+  font-size: 13.5px; }
 .contents a { color: var(--muted); text-decoration: none; white-space: nowrap; }
 .contents a:hover, .contents a:focus { color: var(--accent); }
 .part { margin-top: 40px; scroll-margin-top: 52px; }
@@ -51,7 +52,8 @@ img { display: block; image-rendering: pixelated; border-radius: 3px; background
   margin-top: 16px; font-size: 13.5px; overflow-wrap: anywhere; }
 .mixes { display: flex; flex-wrap: wrap; gap: 20px 40px; margin-top: 16px; }
 .mix { display: flex; align-items: center; gap: 8px; flex-wrap: wrap; }
-.mix figure { margin: 0; display: grid; justify-items: center; gap: 2px; }
+.mix figure { margin: 0; display: grid; justify-items: center; gap: 2px; max-width: 160px; }
+.mix span { overflow-wrap: anywhere; }
 .boxed { position: relative; }
 .boxed i { position: absolute; border: 2px solid var(--s1); border-radius: 2px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 20px;

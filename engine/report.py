@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from diffdfkd.engine.accounts import Accounts, accounts
+from diffdfkd.engine.alarms import alarms_in
 from diffdfkd.engine.charts import bars, line_chart
 from diffdfkd.engine.diversity_section import diversity_section
 from diffdfkd.engine.errors import UserError
@@ -123,10 +124,6 @@ def _alarms(rows: Rows) -> str:
         where = f" ({', '.join(places)})" if places else ""
         lines.append(f"<li>{escape(str(alarm.get('message', alarm.get('kind', ''))))}{where}</li>")
     return f'<div class="alarms" role="alert"><b>{counted(len(alarms), "alarm")}</b><ul>{"".join(lines)}</ul></div>'
-
-
-def alarms_in(rows: Rows) -> Rows:
-    return list({row["kind"]: row for row in rows if row["event"] == "alarm"}.values())
 
 
 def _curves(rows: Rows) -> Part | None:

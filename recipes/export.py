@@ -38,7 +38,7 @@ def export(folder: Path) -> str:
         raise UserError(
             f"{file}: damaged, of another student or of an earlier version; give the command of the run again"
         )
-    result = remake(folder, load_recipe(folder / "recipe.yaml"), result)
+    result = remake(folder, load_recipe(folder / "recipe.yaml"), result, anew=True)
     onnx = result["onnx"]
     if "reason" in onnx:
         raise UserError(f"student.architecture: no ONNX file is written: {onnx['reason']}; {student} is complete")
@@ -66,22 +66,26 @@ def write_result(file: Path, result: dict[str, Any]) -> None:
 
 def complete(folder: Path, result: dict[str, Any]) -> bool:
     """Whether card and ONNX file are there as ``result.json`` describes them."""
+    return (folder / "student" / CARD).is_file() and _exported(folder, result)
+
+
+def _exported(folder: Path, result: dict[str, Any]) -> bool:
     from diffdfkd.engine.weights import digest
 
-    onnx = result.get("onnx") or {}
-    model = folder / "student" / ONNX
-    if not (folder / "student" / CARD).is_file() or not onnx:
-        return False
+    onnx, model = result.get("onnx") or {}, folder / "student" / ONNX
     return "reason" in onnx or (model.is_file() and digest(model) == onnx.get("sha256"))
 
 
-def remake(folder: Path, recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
-    """Both files, ``result.json`` and the report again, for a finished run; returns the result."""
+def remake(folder: Path, recipe: Recipe, result: dict[str, Any], *, anew: bool = False) -> dict[str, Any]:
+    """What is lost of both files, or both `anew`, ``result.json`` and the report with them; returns the result."""
     from diffdfkd.engine.report import write_report
 
     frozen = _frozen(folder)
     licences = run_licences(folder, recipe, frozen.get("images"))
-    onnx = export_student(folder, recipe, licences, result["student_sha256"])
+    if anew or not _exported(folder, result):
+        onnx = export_student(folder, recipe, licences, result["student_sha256"])
+    else:
+        onnx = result["onnx"]
     described = {**result, "licences": licences, "onnx": onnx}
     write_card(folder, recipe, described)
     if described != result:

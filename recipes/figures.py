@@ -88,6 +88,7 @@ def load_student(weights: Path, recipe: Recipe) -> "Classifier":
 def figures(folder: RunFolder, evaluation: "Evaluation | None") -> dict[str, Any]:
     """Content of ``result.json``; accuracies are fractions, and None without test images."""
     from diffdfkd.engine.accounts import accounts
+    from diffdfkd.engine.alarms import alarms_in
     from diffdfkd.engine.journal import read_journal
     from diffdfkd.engine.weights import digest
 
@@ -126,6 +127,7 @@ def figures(folder: RunFolder, evaluation: "Evaluation | None") -> dict[str, Any
         "versions": versions(),
         "student_sha256": digest(folder.student),
         "evaluation": recipe.evaluation.model_dump(),
+        "alarms": [{key: alarm.get(key) for key in ("kind", "message", "round", "shard")} for alarm in alarms_in(rows)],
         "classes": recipe.teacher.classes,
         "confusion": evaluation.confusion if evaluation else None,
     }

@@ -85,6 +85,22 @@ def folder(tmp_path: Path) -> Path:
         "calibration_error": 0.05,
         "per_class": dict(zip(CLASSES, (0.75, 0.875), strict=True)),
         "test_images": 16,
+        "accuracy_interval": [0.57, 0.9341],
+        "per_class_images": dict(zip(CLASSES, (8, 8), strict=True)),
+        "teacher_per_class": dict(zip(CLASSES, (0.875, 0.925), strict=True)),
+        "synthetic_per_class": dict(zip(CLASSES, (14, 16), strict=True)),
+        "calibration": [
+            {"low": 0.5, "high": 0.9, "images": 12, "confidence": 0.7, "accuracy": 0.75},
+            {"low": 0.9, "high": 1.0, "images": 4, "confidence": 0.97, "accuracy": 1.0},
+        ],
+        "licences": {"prior": "creativeml-openrail-m", f"LoRA {HOSTILE}": HOSTILE, "teacher": None},
+        "onnx": {"reason": f"no operator {HOSTILE}"},
+        "diversity": {
+            "intra_class_distance": {"mean": 1.234, "per_class": [1.2, None]},
+            "near_duplicates": {"count": 2, "share": 1 / 15, "examples": [[3, 29]]},
+            "images": 30,
+            "measure": f"a distance of {HOSTILE}",
+        },
         "classes": CLASSES,
         "confusion": [[6, 2], [1, 7]],
         "device": "cpu",
@@ -102,6 +118,14 @@ def folder(tmp_path: Path) -> Path:
         {"event": "session", "time": 0.0},
         {"event": "shard", "round": 0, "shard": 0, "images": 30, "seconds": 2.4, "losses": losses, "time": 3.0},
         {"event": "shard", "round": 0, "shard": 1, "images": 0, "seconds": 0.1, "losses": None, "time": 3.0},
+        {
+            "event": "alarm",
+            "kind": "diversity",
+            "message": f"collapse of {HOSTILE}",
+            "round": 0,
+            "shard": 1,
+            "time": 3.5,
+        },
         {"event": "stage", "stage": "evaluation", "seconds": 1.5, "peak_memory_mib": 2048.0, "time": 9.0},
     ]
     rows += [
@@ -130,7 +154,24 @@ def folder(tmp_path: Path) -> Path:
         "partner_class": HOSTILE,
         "soft_label": {"0": 0.75, "1": 0.25},
     }
-    (preview / "preview.json").write_text(json.dumps({"digest": "d", "size": 28, "pairs": [pair], "mixes": [mix]}))
+    kinds = {"unguided": {"mean": 3.0, "variance": 5.0}, "guided": {"mean": 0.5, "variance": 1.5}}
+    layers = [
+        {"name": "features.0", "channels": 16, **kinds},
+        {"name": HOSTILE, "channels": 32, "unguided": {"mean": 0.5, "variance": 1.5}, "guided": None},
+    ]
+    answers = {"unguided": {"confidence": 0.25, "agreement": 0.5}, "guided": {"confidence": 0.875, "agreement": 1.0}}
+    content = {
+        "digest": "d",
+        "size": 28,
+        "pairs": [pair],
+        "mixes": [mix],
+        "batchnorm": {"unguided": 10.0, "guided": 4.0},
+        "layers": layers,
+        "by_class": [{"class": 1, "class_name": HOSTILE, **answers}],
+    }
+    (preview / "preview.json").write_text(json.dumps(content))
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "student.safetensors").write_bytes(b"x" * 2048)
     return tmp_path
 
 
@@ -143,7 +184,10 @@ def test_page_is_well_formed_and_loads_nothing(folder: Path) -> None:
         for key in ("src", "href", "srcset", "data")
         if (value := attributes.get(key))
     ]
-    assert loads and all(value.startswith("data:image/png;base64,") for value in loads)
+    assert loads and all(value.startswith(("data:image/png;base64,", "#")) for value in loads)
+    places = [attributes.get("id") for _, attributes in page.tags if attributes.get("id")]
+    assert len(set(places)) == len(places)
+    assert [value[1:] for value in loads if value[0] == "#"] == places
     assert not re.search(r"url\(|@import", text)
     assert {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags} == set()
 
@@ -153,8 +197,8 @@ def test_strings_are_escaped(folder: Path) -> None:
     assert "<script" not in text
     page = Page(text)
     words = " ".join(page.text)
-    # In the galleries, the bars, the confusion matrix and the configuration.
-    assert words.count(HOSTILE) >= 6
+    # In galleries, layers, the teacher's answers, alarm, classes, confusion, diversity, ONNX, licences and settings.
+    assert words.count(HOSTILE) >= 14
     assert "coat & tie" in words
 
 
@@ -168,10 +212,16 @@ def test_figures_are_shown(folder: Path) -> None:
         "1 min 15 s",
         "2.00 GiB",
         "0.050",
-        "87.5%",
+        "87.5 %",
+        "57.00 % to 93.41 %",
+        "92.5 %",
+        f"{HOSTILE}, 25.0%",
+        "1.23",
+        "6.7 %",
+        "creativeml-openrail-m",
+        "2 KiB",
         "ab12",
         "cd34",
-        "cc0-1.0",
     ):
         assert figure in words
 
@@ -185,7 +235,8 @@ def test_pictures_of_each_kind_are_there(folder: Path) -> None:
     # The child was lost: a box says so.
     assert any(attributes.get("class") == "missing" for _, attributes in page.tags)
     labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "svg"]
-    assert labels == ["guidance: class loss", "guidance: BatchNorm loss", "distillation: loss"]
+    assert labels == ["guidance: class loss", "guidance: BatchNorm loss", "distillation: loss", "calibration"]
+    assert "image 3" in alternatives and "image 29, almost the same" in alternatives
 
 
 def test_strip_holds_the_first_images_of_its_class(folder: Path) -> None:
@@ -269,3 +320,74 @@ def test_tick_labels_are_distinct_and_of_one_notation(values: list[float], label
 def test_steps_have_no_halves() -> None:
     svg = line_chart("loss", {"a": [(0, 1.0), (1, 2.0)]}, "shard")
     assert ">0.5</text>" not in svg.split("middle", 1)[1]
+
+
+def test_layers_say_how_they_moved_and_what_their_share_is(folder: Path) -> None:
+    text = write_report(folder).read_text()
+    words = " ".join(Page(text).text)
+    assert "is 10 without and 4 with guidance" in words
+    assert "features.0 (80%)" in words and "8 → 2" in words
+    # On the scale of the largest, 8: from its end to a quarter.
+    assert 'class="from" style="left:100.0%"' in text and 'class="to" style="left:25.0%"' in text
+    for share in ("25.0 %", "87.5 %", "50.0 %", "100.0 %"):
+        assert share in words
+
+
+def test_alarms_stand_at_the_top_or_their_absence_does(folder: Path) -> None:
+    text = write_report(folder).read_text()
+    assert text.index('class="alarms"') < text.index("<nav") < text.index('<details class="part"')
+    assert "collapse of" in text and "(round 0, shard 1)" in text and "No alarms" not in text
+    journal = folder / "metrics.jsonl"
+    journal.write_text("".join(line for line in journal.open() if "alarm" not in line))
+    text = write_report(folder).read_text()
+    assert "No alarms." in text and 'class="alarms"' not in text
+
+
+def test_near_duplicates_are_shown_as_they_lie_in_the_shards(folder: Path) -> None:
+    text = write_report(folder).read_text()
+    shades = []
+    for index, more in ((3, ""), (29, ", almost the same")):
+        source = re.search(rf'alt="image {index}{more}"[^>]*base64,([^"]+)"', text)
+        assert source is not None
+        shades.append(Image.open(io.BytesIO(base64.b64decode(source.group(1)))).getpixel((5, 5)))
+    assert shades == [24, 232]
+
+
+@pytest.mark.parametrize("classes", [100, 1000])
+def test_many_classes_make_no_large_page(folder: Path, classes: int) -> None:
+    names = [f"class number {i} {HOSTILE}" for i in range(classes)]
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["teacher"]["classes"] = names
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result = json.loads((folder / "result.json").read_text())
+    confusion = [
+        [90 if i == j else i % 7 if j == (i + 1) % classes else 0 for j in range(classes)] for i in range(classes)
+    ]
+    shares = {name: 90 / sum(row) for name, row in zip(names, confusion, strict=True)}
+    result |= {"classes": names, "per_class": shares, "confusion": confusion, "teacher_per_class": shares}
+    result["diversity"]["intra_class_distance"]["per_class"] = [1.0 + i / classes for i in range(classes)]
+    (folder / "result.json").write_text(json.dumps(result))
+    preview = json.loads((folder / "preview" / "preview.json").read_text())
+    preview["by_class"] = [{**preview["by_class"][0], "class": i, "class_name": name} for i, name in enumerate(names)]
+    preview["layers"] = [{**preview["layers"][0], "name": f"stage.{i}.bn"} for i in range(300)]
+    (folder / "preview" / "preview.json").write_text(json.dumps(preview))
+    report = write_report(folder)
+    page = Page(report.read_text())
+    assert report.stat().st_size < 500_000
+    assert sum(tag == "td" for tag, _ in page.tags) < 3000
+    words = " ".join(page.text)
+    assert f"class number 6 {HOSTILE} class number 7 {HOSTILE} 6 6.2%" in words
+    assert "The 40 weakest of" in words and "The 60 largest of 300 layers" in words
+
+
+def test_run_on_images_of_ones_own_names_them(folder: Path) -> None:
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["frozen"]["images"] = f"/data/{HOSTILE}"
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for path in [*folder.glob("synthetic/*/*"), *folder.glob("preview/*")]:
+        path.unlink()
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({**result, "diversity": None, "licences": {"images": None}}))
+    words = " ".join(Page(write_report(folder).read_text()).text)
+    assert f"images {HOSTILE[:8]}" in words.replace("data/", "") and "diffdfkd distill recipe.yaml --images" in words
+    assert "Diversity" not in words and "What guidance does" not in words

@@ -82,6 +82,7 @@ def made() -> Callable[[Path], dict[str, bytes]]:
 
     def read(folder: Path) -> dict[str, bytes]:
         patterns = ("synthetic/**/*.tar", "synthetic/**/*.json", "synthetic/manifest.jsonl", "student/*.safetensors")
+        patterns += ("student/student.onnx",)
         paths = [path for pattern in patterns for path in folder.glob(pattern)]
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(paths)}
 
