@@ -77,6 +77,31 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Path) ->
 
 
 @pytest.fixture(scope="session")
+def good_recipe(tiny_recipe: Path) -> dict[str, Any]:
+    """A recipe of one round that takes a second, its paths absolute. Shared: do not change it."""
+    recipe = yaml.safe_load(tiny_recipe.read_text())
+    recipe["teacher"]["weights"] = str(tiny_recipe.parent / "teacher.safetensors")
+    del recipe["cutmix"]
+    return recipe | {
+        "synthesis": {"images_per_class": 2, "batch_size": 4, "steps": 3},
+        "guidance": {"batchnorm_weight": 0.3},
+        "rounds": 1,
+        "distillation": {"steps": 4, "batch_size": 8},
+    }
+
+
+@pytest.fixture(scope="session")
+def good_run(tmp_path_factory: pytest.TempPathFactory, good_recipe: dict[str, Any]) -> Path:
+    """Folder of a finished run of `good_recipe`. Shared: do not write into it."""
+    from diffdfkd.engine.recipe import load_recipe
+    from diffdfkd.recipes.run import run
+
+    folder = tmp_path_factory.mktemp("good") / "run"
+    run(load_recipe(good_recipe, [f"output={folder}"]), progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def made() -> Callable[[Path], dict[str, bytes]]:
     """What a run made that must not depend on interruptions: bytes of all shards, sidecars and students."""
 
