@@ -101,6 +101,21 @@ def good_run(tmp_path_factory: pytest.TempPathFactory, good_recipe: dict[str, An
     return folder
 
 
+@pytest.fixture
+def command_line(capfd: pytest.CaptureFixture[str]) -> Callable[[list[str]], tuple[int, str, str]]:
+    """The command line in this process: exit code, standard output and standard error."""
+    from diffdfkd.recipes import cli
+
+    def call(arguments: list[str]) -> tuple[int, str, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            cli.main(arguments)
+        assert isinstance(leaving.value.code, int)
+        return leaving.value.code, *capfd.readouterr()
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def made() -> Callable[[Path], dict[str, bytes]]:
     """What a run made that must not depend on interruptions: bytes of all shards, sidecars and students."""
