@@ -206,6 +206,12 @@ def _call(factory: Callable[..., Any], given: dict[str, Any], options: dict[str,
             if name not in parameters or name in given:
                 allowed = ", ".join(known for known in parameters if known not in given) or "none"
                 raise UserError(f"{field}.options.{name}: unknown option; allowed: {allowed}")
+    for name in options:
+        # Such as weights=DEFAULT, which would fetch them behind the recipe's back.
+        if name in given:
+            raise UserError(
+                f"{field}.options.{name}: teacher.channels, teacher.classes and {field}.weights decide it; leave it out"
+            )
     try:
         model = factory(**{**given, **options})
     except UserError as error:

@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
@@ -9,6 +10,7 @@ from torchvision.transforms.v2 import functional as transforms
 from diffdfkd.engine.classifier import Classifier, Preprocessing, build_classifier
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import ClassifierRecipe, TeacherRecipe
+from diffdfkd.engine.taps import BatchNormTaps
 from diffdfkd.engine.weights import save_classifier
 
 SMALL: dict[str, Any] = {"width": 2, "blocks": [0, 0, 0]}
@@ -55,6 +57,22 @@ def test_normalisation_is_torchvisions(mean: tuple[float, ...], std: tuple[float
     images = torch.rand(2, 3, 8, 8)
     wanted = transforms.normalize(images, list(mean) * (3 // len(mean)), list(std) * (3 // len(std)))
     torch.testing.assert_close(Preprocessing(3, 8, mean, std, "bilinear")(images), wanted)
+
+
+def test_bgr_turns_the_channels_round_before_mean_and_std() -> None:
+    images = torch.rand(2, 3, 12, 12, requires_grad=True)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    ordered = Preprocessing(3, 8, mean, std, "bilinear", "bgr")
+    wanted = transforms.normalize(transforms.resize(images, [8, 8], antialias=True).flip(1), list(mean), list(std))
+    torch.testing.assert_close(ordered(images), wanted)
+    assert torch.equal(ordered.fit(images), preprocessing(3, 8).fit(images))
+    plain = Preprocessing(3, 12, (0.5,), (0.5,), "bilinear", "bgr")
+    torch.testing.assert_close(plain(images), (images.flip(1) - 0.5) / 0.5)
+    (gradient,) = torch.autograd.grad(ordered(images)[:, 0].sum(), images)
+    assert (gradient[:, 2] != 0).all() and (gradient[:, :2] == 0).all()
+    assert student("resnet18", options={"width": 2}, teacher={"channels": 3, "channel_order": "bgr"}).preprocessing == (
+        Preprocessing(3, 16, (0.5,), (0.5,), "bilinear", "bgr")
+    )
 
 
 def test_an_image_of_the_right_size_passes_unchanged() -> None:
@@ -121,6 +139,61 @@ def test_torchvision_and_own_factories(tmp_path: Path, monkeypatch: pytest.Monke
         student("own_networks:absent")
     with pytest.raises(UserError, match="cannot import no_such_module"):
         student("no_such_module:network")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+@pytest.mark.parametrize("architecture", ["torchvision:shufflenet_v2_x0_5", "timm:test_resnet.r160_in1k"])
+def test_published_networks_take_state_dicts_of_training_scripts(architecture: str, kind: str, tmp_path: Path) -> None:
+    if architecture.startswith("timm"):
+        pytest.importorskip("timm")
+        architecture = architecture.partition(".")[0]
+    three = {"channels": 3, "size": 32}
+    source, path = student(architecture, teacher=three, seed=1), tmp_path / f"weights.{kind}"
+    state = {f"module.{key}": value for key, value in source.model.state_dict().items()}
+    if kind == "pth":
+        torch.save({"epoch": 1, "state_dict": state}, path)
+    else:
+        safetensors.torch.save_file(state, path)
+    recipe = teacher_recipe(architecture=architecture, options={}, weights=str(path), **three)
+    teacher = build_classifier(recipe, recipe, field="teacher")
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(teacher(images), source.eval()(images))
+    with BatchNormTaps(teacher.model) as taps:
+        teacher(images)
+        assert len(taps.inputs) == sum(isinstance(layer, torch.nn.BatchNorm2d) for layer in teacher.modules())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "option"),
+    [
+        ("torchvision:resnet18", {"weights": "DEFAULT"}),
+        ("timm:resnet18", {"pretrained": True}),
+        ("timm:resnet18", {"in_chans": 1}),
+    ],
+)
+def test_options_do_not_fetch_weights_or_change_channels(architecture: str, option: dict[str, Any]) -> None:
+    if architecture.startswith("timm"):
+        pytest.importorskip("timm")
+    (name,) = option
+    with pytest.raises(UserError, match=rf"student.options.{name}: teacher.channels, teacher.classes and student.weig"):
+        student(architecture, options=option, teacher={"channels": 3, "size": 32})
+
+
+def test_a_compiled_network_of_a_factory_is_tapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "compiled_networks.py").write_text(
+        "import torch\n"
+        "from diffdfkd.engine.architectures import small_cnn\n"
+        "def fast(channels, classes): return torch.compile(small_cnn(channels, classes, width=2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    plain, path = student(options={"width": 2}), tmp_path / "weights.pth"
+    torch.save(torch.compile(plain.model).state_dict(), path)
+    recipe = teacher_recipe(architecture="compiled_networks:fast", options={}, weights=str(path))
+    teacher = build_classifier(recipe, recipe, field="teacher")
+    images = torch.rand(2, 1, 16, 16)
+    with BatchNormTaps(teacher.model) as taps:
+        torch.testing.assert_close(teacher(images), plain.eval()(images))
+        assert len(taps.inputs) == 8
 
 
 def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:

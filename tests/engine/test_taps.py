@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.engine.recipe import GuidanceRecipe
+from diffdfkd.engine.taps import BatchNormTaps, check_taps
 
 
 def network() -> nn.Sequential:
@@ -62,3 +63,49 @@ def test_a_layer_left_out_of_the_forward_is_named() -> None:
     model(torch.zeros(2, 1, 3, 3))
     with pytest.raises(UserError, match="layers unused took no part"):
         _ = taps.inputs
+
+
+@pytest.mark.parametrize(
+    ("layer", "line"),
+    [
+        (nn.GroupNorm(1, 2), "the teacher has no BatchNorm layer with running statistics, as a ViT or ConvNeXt has"),
+        (nn.BatchNorm2d(2, track_running_stats=False), "BatchNorm layers keep no running statistics"),
+    ],
+)
+def test_a_teacher_without_statistics_guides_by_its_class_loss_with_a_warning(
+    layer: nn.Module, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), layer)
+    with pytest.raises(UserError, match=rf"guidance.batchnorm_weight: .*{line}.*; set it to 0"):
+        check_taps(model, GuidanceRecipe())
+    check_taps(model, GuidanceRecipe(mode="none"))
+    assert not caplog.records
+    check_taps(model, GuidanceRecipe(batchnorm_weight=0.0))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "class loss guides alone" in caplog.text and "docs/method.md" in caplog.text
+    caplog.clear()
+    check_taps(network(), GuidanceRecipe(batchnorm_weight=0.0))
+    check_taps(network(), GuidanceRecipe())
+    assert not caplog.records
+
+
+def test_an_input_that_is_written_over_is_found() -> None:
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(1)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            hidden = images * 2
+            normed = self.bn(hidden)
+            hidden.relu_()
+            return normed + hidden
+
+    model = Overwriting().eval().requires_grad_(False)
+    with BatchNormTaps(model) as taps:
+        model(torch.randn(2, 1, 3, 3, requires_grad=True))
+        with pytest.raises(UserError, match=r"teacher.architecture: the input of BatchNorm layer bn is written over"):
+            _ = taps.inputs
+        with torch.inference_mode():
+            model.bn(torch.randn(2, 1, 3, 3))
+            assert len(taps.inputs) == 1
