@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ def test_configurations_are_those_of_stable_diffusion() -> None:
     import transformers
 
     with torch.device("meta"):
-        networks = [
+        networks: list[Any] = [
             diffusers.UNet2DConditionModel(**UNET),
             diffusers.AutoencoderKL(**VAE),
             transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT_ENCODER)),
