@@ -3,6 +3,7 @@
 A case makes its input bad and says what the one line of the error holds. To add one is to add a row.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import yaml
 Recipe = dict[str, Any]
 Arguments = list[str]
 Spoil = Callable[[Path, Recipe], Arguments]
+Call = Callable[[Arguments], tuple[int, str, str]]
+"""The fixture ``command_line``."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,20 @@ class Case:
     """What else the line holds: what was given, what is allowed, the cure."""
     mended: bool = False
     """Whether the test then gives the good recipe the same output folder, which must take it."""
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Bytes of all files in a folder, by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def copy_run(run: Path, folder: Path) -> Path:
+    """A copy of a run's folder, to be damaged, that says it was made there."""
+    shutil.copytree(run, folder)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(run), str(folder)))
+    return folder
 
 
 def write(folder: Path, recipe: Recipe) -> str:
@@ -154,7 +171,7 @@ NUMBERS = [
     field("synthesis.images_per_class=1000000000000000", "synthesis.images_per_class: 4,000", "at most 100,000"),
     field("synthesis.batch_size=0", "synthesis.batch_size: got 0", "greater than or equal to 1"),
     field("synthesis.batches_per_shard=-1", "synthesis.batches_per_shard: got -1", "greater than or equal to 1"),
-    field("synthesis.steps=0", "synthesis.steps: got 0", "greater than or equal to 1", mended=True),
+    field("synthesis.steps=0", "synthesis.steps: got 0", "greater than or equal to 1"),
     field("synthesis.steps=2.5", "synthesis.steps: got 2.5", "integer"),
     field("synthesis.steps='20'", 'synthesis.steps: got "20"', "integer"),
     field("synthesis.steps=yes", "synthesis.steps: got true", "give its value"),
@@ -187,7 +204,7 @@ NUMBERS = [
     field("distillation.holdout=8", "distillation.holdout: got 8 of 8 images", "leave some to train on"),
     field("distillation.zero_stage=7", "distillation.zero_stage: got 7", "0, 1, 2 or 3"),
     field("evaluation.batch_size=0", "evaluation.batch_size: got 0", "greater than or equal to 1"),
-    field("seed=-1", "seed: got -1", "greater than or equal to 0", mended=True),
+    field("seed=-1", "seed: got -1", "greater than or equal to 0"),
     field("seed=1e400", "seed: got ", "integer"),
     field("threads=0", "threads: got 0", "greater than or equal to 1"),
     field("threads=1000000", "threads: got 1000000", "less than or equal to"),
@@ -201,7 +218,7 @@ NUMBERS = [
 
 CHOICES = [
     field("synthesys.steps=3", "synthesys: unknown field", "did you mean synthesis"),
-    field("synthesis.stepz=3", "synthesis.stepz: unknown field", "did you mean steps", mended=True),
+    field("synthesis.stepz=3", "synthesis.stepz: unknown field", "did you mean steps"),
     field("synthesis=5", "synthesis: got 5", "this is a section", "synthesis.images_per_class="),
     field("synthesis.sampler=dimm", 'synthesis.sampler: got "dimm"', "'ddim'", "'euler'"),
     field("synthesis.format=gif", 'synthesis.format: got "gif"', "'png' or 'webp'"),

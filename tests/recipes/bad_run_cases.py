@@ -1,0 +1,215 @@
+"""The corpus of bad inputs, continued: what goes wrong with the folder of a finished run, ``{folder}/run``."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+from bad_image_cases import png
+from bad_input_cases import Arguments, Case, Recipe, Spoil, command, given, typed
+from bad_prior_cases import cut, edited, lost
+
+STUDENT = "student/student.safetensors"
+
+
+def damaged(change: Callable[[Path], object], *arguments: str) -> Spoil:
+    """The finished run changed, then a command on it; by default the run's own."""
+
+    def spoil(folder: Path, recipe: Recipe) -> Arguments:
+        change(folder / "run")
+        return typed(*arguments)(folder, recipe) if arguments else command(folder, recipe)
+
+    return spoil
+
+
+def holding(name: str, content: str) -> Callable[[Path], object]:
+    """A file with this content."""
+    return lambda folder: (folder / name).write_text(content)
+
+
+def torn_journal(folder: Path) -> None:
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lines[2] = lines[2][:9] + "\n"
+    (folder / "metrics.jsonl").write_text("".join(lines))
+
+
+def of_an_unknown_field(folder: Path) -> None:
+    file = folder / "recipe.yaml"
+    file.write_text(file.read_text().replace("\nguidance:\n", "\nguidance:\n  strength: 3\n"))
+
+
+def unfinished(change: Callable[[Path], object]) -> Callable[[Path], object]:
+    """A change of a run that has its checkpoints and no student yet."""
+
+    def both(folder: Path) -> None:
+        for name in ("result.json", STUDENT, "student/round-000.safetensors"):
+            (folder / name).unlink()
+        change(folder)
+
+    return both
+
+
+def other_teacher(folder: Path, recipe: Recipe) -> Arguments:
+    """Other weights under the name of those that the run began with."""
+    state = safetensors.torch.load_file(recipe["teacher"]["weights"])
+    recipe["teacher"]["weights"] = str(folder / "teacher.safetensors")
+    safetensors.torch.save_file({key: value + 1 for key, value in state.items()}, recipe["teacher"]["weights"])
+    return command(folder, recipe)
+
+
+def other_prior(folder: Path, recipe: Recipe) -> Arguments:
+    """Another schedule in the prior that the run began with."""
+    recipe["prior"] = shutil.copytree(recipe["prior"], folder / "prior").as_posix()
+    edited("scheduler/scheduler_config.json", beta_end=0.02)(Path(recipe["prior"]))
+    return command(folder, recipe)
+
+
+def images_of_another(folder: Path, recipe: Recipe) -> Arguments:
+    (folder / "mine").mkdir()
+    (folder / "mine" / "a.png").write_bytes(png())
+    return [*command(folder, recipe, name="distill"), "--images", str(folder / "mine")]
+
+
+def judged(*arguments: str, change: Callable[[Path], object] = lambda folder: None) -> Spoil:
+    """The run's student, after a change of its folder, on the recipe's test images."""
+
+    def spoil(folder: Path, recipe: Recipe) -> Arguments:
+        change(folder / "run")
+        student = ["--student", str(folder / "run" / STUDENT)] if "--student" not in arguments else []
+        return [*command(folder, recipe, name="evaluate"), *student, *typed(*arguments)(folder, recipe)]
+
+    return spoil
+
+
+ANOTHER = ("{folder}/run holds a run", "another output folder")
+OTHER_RECIPE = [
+    Case("another seed", given("seed=5"), "seed: ", (*ANOTHER, "seed=0, now it is 5", "give seed=0")),
+    Case("another batch", given("synthesis.batch_size=8"), "synthesis.batch_size: ", ANOTHER),
+    Case("other steps", given("synthesis.steps=2"), "synthesis.steps: ", ANOTHER),
+    Case("another guidance", given("guidance.mode=none"), "guidance.mode: ", ANOTHER),
+    Case("other class names", given("teacher.classes=[a,b,c,d]"), "teacher.classes: ", ANOTHER),
+    Case("other threads", given("threads=2"), "threads: ", ANOTHER),
+    Case("another student", given("student.options.width=3"), "student.options.width: ", ANOTHER),
+    Case("fewer images", given("synthesis.images_per_class=1"), "synthesis.images_per_class: ", ANOTHER),
+    Case("more rounds", given("rounds=2"), "rounds: ", ANOTHER),
+    Case("other training", given("distillation.steps=5"), "distillation.steps: ", ("holds a student", "--images")),
+    Case("another teacher", other_teacher, "teacher.weights: the files at {folder}/teacher.safetensors", ("another",)),
+    Case("another prior", other_prior, "prior.path: the files at {folder}/prior", ("another output folder",)),
+    Case("other images", images_of_another, "output: {folder}/run holds a student of its own", ("another output",)),
+]
+
+DAMAGED = [
+    Case("run's recipe cut", damaged(cut("recipe.yaml")), "output: {folder}/run/recipe.yaml", ("another output",)),
+    Case(
+        "run's recipe no YAML", damaged(holding("recipe.yaml", "a: [")), "output: {folder}/run/recipe.yaml", ("YAML",)
+    ),
+    Case("run's recipe nobody's", damaged(holding("recipe.yaml", "seed: 1")), "output: {folder}/run/recipe.yaml", ()),
+    Case(
+        "run's recipe of another version",
+        damaged(of_an_unknown_field),
+        "output: {folder}/run/recipe.yaml: guidance.strength: unknown field",
+        ("another output folder",),
+    ),
+    Case(
+        "checkpoint's name lost",
+        damaged(unfinished(holding("student/checkpoints/latest", "?"))),
+        "{folder}/run/student/checkpoints/latest: ",
+        ("delete {folder}/run/student/checkpoints",),
+    ),
+    Case(
+        "journal torn", damaged(torn_journal, "report", "{folder}/run"), "{folder}/run/metrics.jsonl: line 3", ("out",)
+    ),
+    Case(
+        "result cut",
+        damaged(cut("result.json"), "report", "{folder}/run"),
+        "{folder}/run/result.json: damaged",
+        ("give the command of the run again",),
+    ),
+    Case(
+        "recipe cut before a report",
+        damaged(cut("recipe.yaml"), "report", "{folder}/run"),
+        "{folder}/run/recipe.yaml: damaged",
+        ("put it back from a copy",),
+    ),
+    Case(
+        "preview cut",
+        damaged(cut("preview/preview.json"), "report", "{folder}/run"),
+        "{folder}/run/preview/preview.json: damaged",
+        ("again",),
+    ),
+    Case("no run to report", typed("report", "{folder}"), "{folder}: not a folder of a run", ("diffdfkd run",)),
+    Case("file to report", typed("report", "{folder}/run/recipe.yaml"), "{folder}/run/recipe.yaml: not a folder", ()),
+    Case("no run to export", typed("export", "{folder}"), "{folder}: not a folder of a run", ("diffdfkd run",)),
+    Case(
+        "no student to export",
+        damaged(lost(STUDENT), "export", "{folder}/run"),
+        "{folder}/run: the run is not finished",
+        ("give its command again",),
+    ),
+    Case(
+        "result cut before an export",
+        damaged(cut("result.json"), "export", "{folder}/run"),
+        "{folder}/run/result.json",
+        (),
+    ),
+    Case(
+        "shard to convert cut",
+        damaged(cut("synthetic/round-000/shard-00000.tar"), "convert", "{folder}/run", "{folder}/new"),
+        "{folder}/run/synthetic/round-000/shard-00000.tar",
+        ("again",),
+    ),
+    Case("nothing to convert", typed("convert", "{folder}/none", "{folder}/new"), "{folder}/none: ", ()),
+    Case(
+        "no shards to convert", typed("convert", "{folder}/run/preview", "{folder}/new"), "{folder}/run/preview: ", ()
+    ),
+    Case(
+        "converted into a full folder", typed("convert", "{folder}/run", "{folder}/run"), "{folder}/run: ", ("folder",)
+    ),
+    Case(
+        "converted below a file",
+        typed("convert", "{folder}/run", "{folder}/run/recipe.yaml/new"),
+        "{folder}/run/recipe.yaml/new",
+        ("cannot be written",),
+    ),
+    Case(
+        "converted to GIF",
+        typed("convert", "{folder}/run", "{folder}/new", "--format", "gif"),
+        "--format: got gif",
+        ("png",),
+    ),
+    Case(
+        "converted to no size", typed("convert", "{folder}/run", "{folder}/new", "--size", "0"), "--size: got 0", ("1",)
+    ),
+]
+
+JUDGED = [
+    Case("no student there", judged("--student", "/nowhere"), "--student: /nowhere: no such file", ()),
+    Case("run as student", judged("--student", "{folder}/run"), "--student: {folder}/run is a folder", (STUDENT,)),
+    Case("student cut", judged(change=cut(STUDENT)), "--student: {folder}/run/" + STUDENT, ("truncated",)),
+    Case("text as student", judged(change=holding(STUDENT, "text")), "--student: {folder}/run/" + STUDENT, ()),
+    Case(
+        "student of another width", judged("student.options.width=4"), "--student: ", ("mis-shaped", "student.options")
+    ),
+    Case("no images to judge by", judged("--images", "/nowhere"), "--images: /nowhere: no such file or folder", ()),
+    Case("no recipe's images", judged("evaluation.images=null"), "evaluation.images: ", ("--images",)),
+    Case(
+        "figures below a file",
+        judged("--json", "{folder}/recipe.yaml/f.json"),
+        "--json: {folder}/recipe.yaml",
+        ("another file",),
+    ),
+    Case(
+        "distil no images",
+        given("output={folder}/new", "--images", "/nowhere", name="distill"),
+        "--images: /nowhere",
+        (),
+    ),
+    Case(
+        "distil what is not there yet",
+        given("output={folder}/new", name="distill"),
+        "output: {folder}/new/synthetic is not complete",
+        ("diffdfkd synthesize", "--images"),
+    ),
+]
+
+CASES = [*OTHER_RECIPE, *DAMAGED, *JUDGED]
