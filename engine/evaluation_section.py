@@ -66,7 +66,7 @@ def _worst(result: Content) -> dict[str, str]:
         wrong = [0 if answer == index else count for answer, count in enumerate(row)]
         if any(wrong):
             answer = wrong.index(max(wrong))
-            found[classes[index]] = f"{classes[answer]}, {max(wrong) / sum(row):.1%}"
+            found[classes[index]] = f"{classes[answer]}, {percent(max(wrong) / sum(row), 1)}"
     return found
 
 
@@ -86,7 +86,7 @@ def _confusion(result: Content) -> str:
     ]
     pairs.sort(key=lambda pair: -pair[0])
     lines = [
-        (classes[truth], classes[answer], f"{count:,}", f"{count / sum(counts[truth]):.1%}")
+        (classes[truth], classes[answer], f"{count:,}", percent(count / sum(counts[truth]), 1))
         for count, truth, answer in pairs[:MOST_PAIRS]
     ]
     note = f"The {len(lines)} most frequent of {len(pairs):,} kinds of mistake; result.json has the whole matrix."

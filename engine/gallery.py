@@ -87,7 +87,7 @@ def cutmix_gallery(folder: Path) -> Part | None:
         "the steps that follow repair the seam. From left to right: owner, partner, child.</p>"
         f'<div class="mixes">{"".join(blocks)}</div>'
     )
-    return Part("cutmix", "CutMix", body)
+    return Part("mixes", "CutMix", body)
 
 
 def training_gallery(folder: Path, classes: list[str]) -> Part | None:

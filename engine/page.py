@@ -37,7 +37,7 @@ p { margin: 0 0 14px; max-width: 70ch; }
 .numbers div { flex: 1 1 112px; background: var(--card); padding: 12px; }
 .numbers b { display: block; font-size: 20px; line-height: 1.25; font-weight: 600; letter-spacing: -0.02em;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
-.numbers span { color: var(--muted); font-size: 12.5px; }
+.numbers span { display: block; color: var(--muted); font-size: 12.5px; line-height: 1.35; }
 .classes { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 20px 24px;
   margin-top: 16px; }
 .classes h3 { margin: 0 0 6px; font-weight: 600; overflow-wrap: anywhere; }
@@ -68,7 +68,7 @@ img { display: block; image-rendering: pixelated; border-radius: 3px; background
   margin: 0 5px 3px 0; background: var(--s0); }
 .legend .k1::before { background: var(--s1); } .legend .k2::before { background: var(--s2); }
 .legend .k3::before { background: var(--s3); }
-svg { width: 100%; height: auto; display: block; }
+svg { width: 100%; height: auto; display: block; overflow: visible; }
 svg text { font-size: 11px; fill: var(--muted); font-variant-numeric: tabular-nums; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
 svg polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke: var(--s0); }
@@ -94,9 +94,10 @@ svg circle { fill: var(--s0); } svg .c1 { fill: var(--s1); } svg .c2 { fill: var
 .key { display: inline-block; width: 10px; height: 10px; border-radius: 50%; background: var(--s0); }
 .key.from { background: none; border: 2px solid var(--s1); }
 .scroll { overflow-x: auto; margin-top: 12px; }
+.scroll + .note { margin-top: 12px; }
 .plain th, .plain td { padding: 4px 18px 4px 0; text-align: right; white-space: nowrap; }
 .plain .word { text-align: left; } .plain th { font-weight: 400; color: var(--muted); }
-.plain tbody td.word:first-child { white-space: normal; min-width: 92px; max-width: 240px; overflow-wrap: anywhere; }
+.plain tbody td.word:first-child { white-space: normal; min-width: 120px; max-width: 240px; overflow-wrap: anywhere; }
 .plain tbody tr > * { border-top: 1px solid var(--line); }
 svg rect { fill: var(--s0); } svg .counts { fill: var(--muted); opacity: 0.5; }
 svg .ideal { stroke: var(--s1); stroke-width: 1.5; stroke-dasharray: 4 4; }
@@ -129,7 +130,7 @@ class Part(NamedTuple):
     """A part of the page that folds, and that the contents lead to."""
 
     name: str
-    """Anchor: a word in small letters."""
+    """Anchor, and in the contents: a word in small letters."""
     title: str
     body: str
     """HTML."""
@@ -137,7 +138,7 @@ class Part(NamedTuple):
 
 def page(title: str, head: str, parts: Sequence[Part]) -> str:
     """The whole document; ``head`` is HTML above the contents, ``title`` is escaped."""
-    links = "".join(f'<a href="#{part.name}">{escape(part.title)}</a>' for part in parts)
+    links = "".join(f'<a href="#{part.name}">{part.name.capitalize()}</a>' for part in parts)
     contents = f'<nav class="contents" aria-label="Contents">{links}</nav>' if parts else ""
     folds = "\n".join(
         f'<details class="part" id="{part.name}" open><summary><h2>{escape(part.title)}</h2></summary>'

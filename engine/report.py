@@ -86,7 +86,7 @@ def _head(folder: Path, recipe: Content, result: Content, account: Accounts) -> 
         f"synthetic images alone; {rounds} round{'s' if rounds > 1 else ''}, seed {recipe['seed']}."
     )
     numbers = [
-        (percent(result.get("student_accuracy")), _accuracy(result)),
+        (percent(result.get("student_accuracy")), "student accuracy", *_interval(result)),
         (percent(result.get("teacher_accuracy")), "teacher accuracy"),
         (percent(result.get("agreement")), "agreement"),
         (f"{result.get('images') or account.images:,}", "synthetic images"),
@@ -94,7 +94,10 @@ def _head(folder: Path, recipe: Content, result: Content, account: Accounts) -> 
         (duration(result.get("wall_seconds") or account.wall_seconds), "wall time"),
         (memory(result.get("peak_memory_mib") or account.peak_memory_mib), "peak memory"),
     ]
-    cells = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in numbers)
+    cells = "".join(
+        f"<div><b>{escape(value)}</b>{''.join(f'<span>{escape(word)}</span>' for word in words)}</div>"
+        for value, *words in numbers
+    )
     unfinished = "" if result else '<p class="note">The run is not finished; this is what it has so far.</p>'
     return (
         f'<header><h1>{escape(folder.resolve().name)}</h1><p class="muted">{escape(sentence)}</p>{unfinished}'
@@ -102,10 +105,9 @@ def _head(folder: Path, recipe: Content, result: Content, account: Accounts) -> 
     )
 
 
-def _accuracy(result: Content) -> str:
+def _interval(result: Content) -> list[str]:
     interval = result.get("accuracy_interval")
-    # Without breaks inside, so that a narrow cell breaks it where it should.
-    return f"student accuracy (95 %:\u00a0{interval[0]:.1%}–{interval[1]:.1%})" if interval else "student accuracy"
+    return [f"95 %: {interval[0] * 100:.1f}–{interval[1] * 100:.1f}"] if interval else []
 
 
 def _described(architecture: str, recipe: Content) -> str:

@@ -64,7 +64,7 @@ def _layers(preview: Content) -> str:
     shown = sorted(sorted(range(len(layers)), key=lambda i: -unguided[i])[:MOST_LAYERS])
     moves = [_move(layers[i], unguided[i], guided[i], highest, total) for i in shown]
     leading = sorted(range(len(layers)), key=lambda i: -unguided[i])[:3]
-    words = ", ".join(f"{layers[i]['name']} ({unguided[i] / total:.0%})" for i in leading) if total else NONE
+    words = ", ".join(f"{layers[i]['name']} ({percent(unguided[i] / total, 0)})" for i in leading) if total else NONE
     # Those of the run's preview, computed in one batch: what stands there, or else the sum over the layers.
     both = preview.get("batchnorm") or {"unguided": total, "guided": None}
     moved = (
@@ -112,7 +112,7 @@ def _move(layer: Content, before: float, after: float | None, highest: float, to
         f'<div class="move"><span>{escape(str(layer["name"]))}{channels}</span><div class="track">'
         f'<u style="left:{min(start, end):.1f}%;width:{abs(end - start):.1f}%"></u>'
         f'<b class="from" style="left:{start:.1f}%"></b>{to}</div>'
-        f"<span>{escape(values)}</span><span>{before / total if total else 0:.0%}</span></div>"
+        f"<span>{escape(values)}</span><span>{percent(before / total if total else 0, 0)}</span></div>"
     )
 
 

@@ -215,7 +215,7 @@ def test_figures_are_shown(folder: Path) -> None:
         "87.5 %",
         "57.00 % to 93.41 %",
         "92.5 %",
-        f"{HOSTILE}, 25.0%",
+        f"{HOSTILE}, 25.0 %",
         "1.23",
         "6.7 %",
         "creativeml-openrail-m",
@@ -326,7 +326,7 @@ def test_layers_say_how_they_moved_and_what_their_share_is(folder: Path) -> None
     text = write_report(folder).read_text()
     words = " ".join(Page(text).text)
     assert "is 10 without and 4 with guidance" in words
-    assert "features.0 (80%)" in words and "8 → 2" in words
+    assert "features.0 (80 %)" in words and "8 → 2" in words
     # On the scale of the largest, 8: from its end to a quarter.
     assert 'class="from" style="left:100.0%"' in text and 'class="to" style="left:25.0%"' in text
     for share in ("25.0 %", "87.5 %", "50.0 %", "100.0 %"):
@@ -376,7 +376,7 @@ def test_many_classes_make_no_large_page(folder: Path, classes: int) -> None:
     assert report.stat().st_size < 500_000
     assert sum(tag == "td" for tag, _ in page.tags) < 3000
     words = " ".join(page.text)
-    assert f"class number 6 {HOSTILE} class number 7 {HOSTILE} 6 6.2%" in words
+    assert f"class number 6 {HOSTILE} class number 7 {HOSTILE} 6 6.2 %" in words
     assert "The 40 weakest of" in words and "The 60 largest of 300 layers" in words
 
 
