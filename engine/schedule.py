@@ -6,7 +6,6 @@ x0 and holds eps_hat. Coefficients are computed in float64 and stored as float32
 """
 
 import inspect
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +18,10 @@ from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.prior_files import PREDICTION_TYPES
 from diffdfkd.kernels.row import COLUMNS
 
-log = logging.getLogger(__name__)
-
 Array = np.ndarray
 
 MOST_SIGNAL = 0.5
-"""Of alpha at the first step; a schedule that begins with more of a picture, in what is pure noise, is pointed out."""
+"""Of alpha at the first step; a schedule that begins with more of a picture is pointed out."""
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -98,20 +95,26 @@ def make_table(
             f"scheduler_config.json: prediction_type={prediction_type} divides by a signal or noise level of zero, "
             "which this schedule reaches (zero terminal SNR); it needs prediction_type=v_prediction"
         )
-    if alpha[0] > MOST_SIGNAL:
-        log.warning(
-            "%d step(s) of %s begin at timestep %d of %d, where the UNet expects %.0f %% of a picture in what is pure "
-            "noise (timestep_spacing=%s in scheduler_config.json): take more steps; a prior for so few has trailing "
-            "there (SD-Turbo), or is sampled by lcm (LCM, LCM-LoRA)",
-            *(steps, sampler, int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps, 100 * alpha[0]),
-            scheduler.config.timestep_spacing,
-        )
     return Table(
         timesteps=torch.tensor(np.asarray(scheduler.timesteps, dtype=np.float32), device=device),
         rows=torch.tensor(rows, dtype=torch.float32, device=device),
         initial_scale=initial_scale,
         sampler=sampler,
         steps=steps,
+    )
+
+
+def late_start(table: Table, scheduler_config: Mapping[str, Any]) -> str | None:
+    """What is wrong where the schedule begins in the middle, so that the UNet takes pure noise for half a picture."""
+    alpha = float(table.rows[0, COLUMNS.index("alpha")])
+    if alpha <= MOST_SIGNAL:
+        return None
+    return (
+        f"{table.steps} step(s) of {table.sampler} begin at timestep {int(table.timesteps[0])} of "
+        f"{scheduler_config.get('num_train_timesteps', 1000)}, where the UNet expects {100 * alpha:.0f} % of a picture "
+        f"in what is pure noise (timestep_spacing={scheduler_config.get('timestep_spacing', 'not given')} in "
+        "scheduler_config.json): take more steps; a prior for so few has trailing there (SD-Turbo), or is sampled by "
+        "lcm (LCM, LCM-LoRA)"
     )
 
 

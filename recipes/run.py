@@ -3,6 +3,7 @@
 diffdfkd run fashion output=runs/fashion seed=0
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 LOOKED_AT = 50
 """Test images, evenly spread, that are decoded before a run begins."""
+
+log = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
@@ -77,11 +80,14 @@ def load_prior_for(recipe: Recipe, teacher: "Classifier") -> "Prior":
     from diffdfkd.engine.painter import refuse_batch
     from diffdfkd.engine.prior import load_prior
     from diffdfkd.engine.prior_files import find_prior, read_scheduler_config
-    from diffdfkd.engine.schedule import make_table
+    from diffdfkd.engine.schedule import late_start, make_table
     from diffdfkd.engine.taps import check_taps
 
     folder = find_prior(recipe.prior)  # of a hub id, by way of the network
-    make_table(recipe.synthesis.sampler, read_scheduler_config(folder), recipe.synthesis.steps)
+    scheduler_config = read_scheduler_config(folder)
+    table = make_table(recipe.synthesis.sampler, scheduler_config, recipe.synthesis.steps)
+    if (doubt := late_start(table, scheduler_config)) is not None:
+        log.warning("synthesis.steps: %s", doubt)
     check_taps(teacher.model, recipe.guidance)
     with fitting("prior.path", "the prior", "give prior.dtype=bfloat16, a smaller prior, or another device"):
         prior = load_prior(recipe.prior.model_copy(update={"path": str(folder)}), recipe.device)

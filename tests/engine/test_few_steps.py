@@ -179,3 +179,19 @@ def test_unet_that_is_told_the_scale_runs_once(lcm_folder: Path) -> None:
     assert not torch.equal(high.images, low.images)
     with pytest.raises(UserError, match=r"guidance\.rho_rule: cfg needs an unconditional half"):
         paint(prior, "lcm", 2, scale=8.0, rho_rule="cfg")
+
+
+def test_run_says_once_that_a_schedule_begins_in_the_middle(tiny_sd1: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from diffdfkd.recipes.run import load_prior_for
+
+    recipe = Recipe.model_validate(
+        {
+            "prior": str(tiny_sd1),
+            "teacher": {"architecture": "small_cnn", "classes": CLASSES},
+            "student": {"architecture": "small_cnn"},
+            "synthesis": {"sampler": "euler", "steps": 1},
+            "device": "cpu",
+        }
+    )
+    load_prior_for(recipe, teacher())
+    assert caplog.text.count("synthesis.steps: 1 step(s) of euler begin at timestep 1 of 1000") == 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.schedule import SCHEDULERS, make_table
+from diffdfkd.engine.schedule import SCHEDULERS, late_start, make_table
 from diffdfkd.kernels.advance import advance
 from diffdfkd.kernels.philox import INITIAL_NOISE, STEP_NOISE, philox_normal
 from diffdfkd.kernels.predict import predict
@@ -163,11 +163,12 @@ def test_ancestral_euler_of_a_turbo_folder_is_euler_in_one_step() -> None:
         ("lcm", "leading", 1, False),
     ],
 )
-def test_schedule_that_begins_in_the_middle_is_said(
-    sampler: str, config: str, steps: int, said: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    make_table(sampler, {**SD1, "timestep_spacing": config}, steps)
-    assert (f"{steps} step(s) of {sampler} begin at timestep" in caplog.text) == said
+def test_schedule_that_begins_in_the_middle_is_said(sampler: str, config: str, steps: int, said: bool) -> None:
+    scheduler_config = {**SD1, "timestep_spacing": config}
+    word = late_start(make_table(sampler, scheduler_config, steps), scheduler_config)
+    assert (word is not None) == said
+    if word is not None:
+        assert word.startswith(f"{steps} step(s) of {sampler} begin at timestep {1 if steps == 1 else 501} of 1000")
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
