@@ -48,11 +48,12 @@ def small(name: str, channels: int = 3) -> nn.Module:
 
 
 def numbers(shape: list[int], place: int, key: str = "") -> Tensor:
-    """Float64 numbers that any program can repeat; variances are positive, convolutions keep their input's size."""
-    values = torch.arange(math.prod(shape), dtype=torch.float64).add(place).mul(0.7).sin().reshape(shape)
-    if key.endswith("running_var"):
-        return values.abs() + 0.5
-    return values * math.sqrt(2 / math.prod(shape[1:])) if len(shape) > 1 else values * 0.1
+    """Float64 numbers that any program can repeat, spread as those of a trained network are."""
+    waves = torch.arange(math.prod(shape), dtype=torch.float64).add(1 + 7 * place).mul(12.9898).sin()
+    values = waves.mul(43758.5453).frac().reshape(shape)
+    if len(shape) > 1:
+        return values * math.sqrt(6 / math.prod(shape[1:]))
+    return values.abs() + 0.5 if key.endswith("running_var") or (".weight" in key) else values * 0.2
 
 
 def published(name: str) -> tuple[dict[str, list[int]], list[float]]:
