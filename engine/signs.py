@@ -12,7 +12,7 @@ from diffdfkd.engine.diversity import compare, thumbnails
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.inversion import batch_moments
 from diffdfkd.engine.painter import Painting, round_
-from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.engine.taps import BatchNormTaps, tappable, untappable
 
 LOOKED_AT_ONCE = 25
 """Images of a forward pass: the inputs of all BatchNorm layers are held."""
@@ -56,15 +56,21 @@ class Look:
 @torch.no_grad()
 def look(model: nn.Module, inputs: Iterable[Tensor]) -> Look:
     """A network's view of inputs [n, C, H, W], which are taken batch by batch, each already preprocessed."""
-    taps, unreadable = _taps(model)
+    taps = BatchNormTaps(model) if tappable(model) else None
+    unreadable = None if taps is not None else untappable(model)
     answers: list[Tensor] = []
     sums: list[list[Tensor]] = []
     try:
         for batch in inputs:
             answers.append(model(batch).float().softmax(1).cpu())
-            if taps is None:
+            if taps is None or unreadable is not None:
                 continue
-            for index, activation in enumerate(taps.inputs):
+            try:
+                activations = taps.inputs
+            except UserError as reason:  # a layer that takes no part in the forward: L_bn is off, or guidance refuses
+                unreadable = str(reason)
+                continue
+            for index, activation in enumerate(activations):
                 moments = batch_moments(activation, torch.ones(len(batch), device=batch.device))
                 mean, variance = (moment.double().cpu() for moment in moments)
                 if index == len(sums):
@@ -77,21 +83,13 @@ def look(model: nn.Module, inputs: Iterable[Tensor]) -> Look:
             taps.remove()
     probabilities = torch.cat(answers)
     layers = []
-    if taps is not None:
+    if taps is not None and unreadable is None:
         stored = zip(taps.names, sums, taps.running_means, taps.running_variances, strict=True)
         for name, (first, second), running_mean, running_variance in stored:
             mean = first / len(probabilities)
             variance = (second / len(probabilities) - mean**2).clamp(min=0)
             layers.append(Layer(name, mean, variance, running_mean.double().cpu(), running_variance.double().cpu()))
     return Look(probabilities, layers, unreadable)
-
-
-def _taps(model: nn.Module) -> tuple[BatchNormTaps | None, str | None]:
-    """Taps on the model's BatchNorm layers, or why there are none."""
-    try:
-        return BatchNormTaps(model), None
-    except UserError as reason:
-        return None, str(reason)
 
 
 def look_at(teacher: Classifier, images: Tensor) -> Look:

@@ -1,0 +1,149 @@
+"""What a check comes to, in words: what looks wrong, which field says so, and the value to give it."""
+
+import json
+import shlex
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from diffdfkd.engine.class_order import Order
+from diffdfkd.engine.recipe import Recipe
+from diffdfkd.engine.sanity import NEAR, Judgement, Reading, above_chance
+
+WIDTH = 100
+OTHER_RANGE = 20
+"""Times by which the spread of the numbers must differ to be one of value range rather than of normalisation."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    text: str
+    cure: str | None = None
+    """key=value that would mend it, quoted for a shell."""
+
+    def __str__(self) -> str:
+        text = textwrap.fill(self.text, WIDTH, break_long_words=False, break_on_hyphens=False)
+        return text if self.cure is None else f"{text}\n    {self.cure}"
+
+
+def findings(
+    recipe: Recipe, declared: Reading, judgement: Judgement | None, order: Order | None, *, prompted: bool
+) -> list[Finding]:
+    """A paragraph each; ``prompted`` says whether the prompt names the class, so that answers mean anything."""
+    found = []
+    if judgement is not None:
+        found.append(_preprocessing(recipe, declared, judgement))
+    if order is not None:
+        found.append(_order(recipe.teacher.classes, order))
+    recognised = above_chance(declared)
+    if not found and (recognised or (declared.distance is not None and declared.distance <= NEAR)):
+        found.append(_nothing(recipe, declared, recognised))
+    elif not found:
+        found.append(_weak(recipe, declared, prompted))
+    if not prompted:
+        found.append(
+            Finding("synthesis.prompt has no {}, so that no image is of a class: class order cannot be checked.")
+        )
+    elif order is None and not above_chance(judgement.reading if judgement is not None else declared):
+        found.append(Finding("Class order cannot be judged as long as the teacher does not recognise the images."))
+    if (reason := declared.look.unreadable) is not None:
+        found.append(
+            Finding(
+                "Judged by the teacher's answers alone, which is weaker evidence: its BatchNorm layers cannot be read "
+                f"({reason.partition(';')[0]})."
+            )
+        )
+    return found
+
+
+def _nothing(recipe: Recipe, declared: Reading, recognised: bool) -> Finding:
+    evidence = []
+    if recognised:
+        chance = 1 / len(recipe.teacher.classes)
+        evidence.append(
+            f"the teacher names the class asked for in {declared.agreement:.0%} of the images",
+        )
+        evidence[-1] += f" (by chance {chance:.2g} of them)" if chance < 0.01 else f" (by chance {chance:.0%})"
+    if declared.distance is not None:
+        evidence.append("no other preprocessing fits its BatchNorm statistics clearly better")
+    return Finding(f"Nothing looks wrong: {', and '.join(evidence) or 'no other preprocessing does better'}.")
+
+
+def _weak(recipe: Recipe, declared: Reading, prompted: bool) -> Finding:
+    answers = (
+        f"the teacher names the class asked for in {declared.agreement:.0%} of the images, which may be chance"
+        if prompted
+        else "one prompt serves all classes"
+    )
+    statistics = (
+        "the images are far from its BatchNorm statistics under every preprocessing tried"
+        if declared.distance is not None
+        else "there are no BatchNorm statistics to compare with"
+    )
+    return Finding(
+        f"The evidence is too weak to judge by: {answers}, and {statistics}. Either the prior cannot draw these "
+        "classes (look at what `diffdfkd preview` draws; try other synthesis.words or another synthesis.prompt), or "
+        "the teacher's weights are not those that its fields describe."
+    )
+
+
+def _preprocessing(recipe: Recipe, declared: Reading, judgement: Judgement) -> Finding:
+    reading, teacher = judgement.reading, recipe.teacher
+    hypothesis, changes = reading.hypothesis, reading.hypothesis.changes
+    turned = "teacher.channel_order" in changes
+    numbers = [field for field in ("teacher.mean", "teacher.std") if field in changes]
+    own = hypothesis.preprocessing
+    # Turned around with the channels, and the same otherwise.
+    if turned and own.mean[::-1] == tuple(teacher.mean) and own.std[::-1] == tuple(teacher.std):
+        numbers = []
+    wrong, fields = [], []
+    if turned:
+        wrong.append("channel order")
+        fields.append("teacher.channel_order")
+    if numbers:
+        ratio = (sum(teacher.std) / len(teacher.std)) / (sum(own.std) / len(own.std))
+        wrong.append("value range" if max(ratio, 1 / ratio) >= OTHER_RANGE else "normalisation")
+        fields += numbers
+    if "teacher.size" in changes:
+        wrong.append("size")
+        fields.append("teacher.size")
+    if hypothesis.inverted:
+        wrong.append("use of dark and light")
+        fields.append("teacher")
+    reasons = []
+    if judgement.ratio is not None and judgement.by_statistics:
+        reasons.append(f"the images fit the teacher's BatchNorm statistics {judgement.ratio:.1f} times better")
+    if reading.agreement is not None and declared.agreement is not None:
+        reasons.append(f"it names the class asked for in {reading.agreement:.0%}, now in {declared.agreement:.0%}")
+    text = (
+        f"{', '.join(fields)}: the {' and the '.join(wrong)} {'looks' if len(wrong) == 1 else 'look'} wrong. With "
+        f"{hypothesis.name} {', and '.join(reasons)}. "
+    )
+    if hypothesis.inverted:
+        return Finding(
+            f"{text}No field turns dark and light around: ask for it in synthesis.prompt (such as 'a white {{}} on a "
+            "black background'), or give the teacher as package.module:factory with a first layer that takes 1 - x."
+        )
+    cure = " ".join(shlex.quote(f"{field}={_value(value)}") for field, value in changes.items())
+    return Finding(f"{text}If the teacher was trained so, give:", cure)
+
+
+def _order(classes: Sequence[str], order: Order) -> Finding:
+    text = (
+        f"teacher.classes: the class order looks wrong. The teacher names the class asked for in {order.declared:.0%} "
+        f"of the images that tell, and in {order.agreement:.0%} with {order.name}. "
+    )
+    names = {output: classes[label] for label, output in order.output.items()}
+    if len(names) == len(classes):
+        names_in_order = [names[output] for output in sorted(names)]
+        return Finding(
+            f"{text}As far as these images tell, the order of the outputs is:",
+            shlex.quote(f"teacher.classes={_value(names_in_order)}"),
+        )
+    pairs = [f"output {output} answers to {names[output]}" for output in sorted(names)]
+    shown = ", ".join(pairs[:8]) + (", ..." if len(pairs) > 8 else "")
+    return Finding(f"{text}Of the classes drawn {shown} (counted from 0).")
+
+
+def _value(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
