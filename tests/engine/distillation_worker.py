@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from test_distillation import make_student, toy_recipe, train
 
+from diffdfkd.engine import logits
+
 
 def main(folder: Path, quietly: bool) -> None:
     environment, state = dict(os.environ), torch.get_rng_state()
@@ -20,6 +22,7 @@ def main(folder: Path, quietly: bool) -> None:
         assert dict(os.environ) == environment
         assert torch.equal(torch.get_rng_state(), state)
         return
+    logits.PART = 20  # several files, so that the processes share their making
     plain, norm, again = make_student(norm=False), make_student(), make_student()
     train(runs, plain, toy_recipe(augmentation=[]), **output)
     # Two processes see other images, and so gather other statistics: the saved ones are their mean, on both.

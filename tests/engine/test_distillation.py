@@ -459,6 +459,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     one, norm = make_student(norm=False), make_student()
     two = torch.load(tmp_path / "two" / "student.pt", weights_only=True)
     train(tmp_path / "one", one, toy_recipe(augmentation=[]))
+    assert len(list((tmp_path / "two" / "student" / "logits").iterdir())) == 5
     train(tmp_path / "norm", norm, toy_recipe(augmentation=[], learning_rate=1e-6))
     for name, value in one.state_dict().items():
         torch.testing.assert_close(two["plain"][name], value, rtol=1e-3, atol=1e-4)
