@@ -194,4 +194,4 @@ def test_run_says_once_that_a_schedule_begins_in_the_middle(tiny_sd1: Path, capl
         }
     )
     load_prior_for(recipe, teacher())
-    assert caplog.text.count("synthesis.steps: 1 step(s) of euler begin at timestep 1 of 1000") == 1
+    assert caplog.text.count("synthesis.steps: 1 step(s) of euler begin at timestep 0 of 1000") == 1
