@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CLASS_LOSS_ALONE = (
-    "guidance: the teacher has no BatchNorm layer to read, so that the class loss guides alone, which gained nothing "
-    "where it was measured (docs/method.md, 'Without BatchNorm'); compare with guidance.mode=none"
+    "guidance: the teacher has no BatchNorm layer to read, so that the class loss guides alone; a first look on "
+    "handwritten digits gained nothing by it (86.3 % against 86.4 % unguided), the demo less than with L_bn "
+    "(docs/method.md, 'Without BatchNorm'): compare with guidance.mode=none"
 )
 
 
@@ -61,7 +62,7 @@ def check_taps(model: nn.Module, guidance: "GuidanceRecipe") -> None:
     if guidance.batchnorm_weight > 0:
         BatchNormTaps(model).remove()
     elif not tappable(model):
-        log.warning(CLASS_LOSS_ALONE)
+        log.warning("%s", CLASS_LOSS_ALONE)
 
 
 class BatchNormTaps:
