@@ -89,6 +89,7 @@ def run(
       report.html                 one page with pictures and curves; needs no network
       synthetic/round-*/*.tar     the images as WebDataset shards, manifest.jsonl beside them
       student/student.safetensors the student; a snapshot after each round beside it
+      student/student.onnx        the same for other runtimes, preprocessing inside; README.md is its model card
       recipe.yaml                 every setting spelled out, with versions and digests
       metrics.jsonl, tensorboard/ what was measured on the way
 
@@ -223,9 +224,10 @@ def evaluate(
       diffdfkd evaluate fashion --student s.safetensors --images t10k-images-idx3-ubyte.gz --json figures.json
 
     Sub-folders are named like the teacher's classes, or numbered from 0 in their order; what lies deeper belongs
-    to the class folder above it. Writes accuracy,
-    per_class, images, calibration_error and, where the recipe names teacher weights, teacher_accuracy and
-    agreement; all but the counts are fractions.
+    to the class folder above it. CIFAR, MNIST and its kin, Tiny ImageNet, DomainNet (with its list as --labels) and
+    ImageNet's val are read as they are unpacked. Writes accuracy, accuracy_interval (95 %), per_class, images,
+    calibration_error and, where the recipe names teacher weights, teacher_accuracy and agreement; all but the counts
+    are fractions.
     """
     resolved = load_recipe(recipe, overrides or ())
     from diffdfkd.recipes.evaluate import evaluate as evaluate_recipe
