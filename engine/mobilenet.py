@@ -65,7 +65,7 @@ class MobileNetV2(nn.Module):
 
 
 def _rounded(width: float) -> int:
-    """Nearest multiple of 8, never less than nine tenths of `width`: the rounding that published weights were made by."""
+    """Nearest multiple of 8, never less than nine tenths of `width`: the rounding of the published weights."""
     nearest = max(8, int(width + 4) // 8 * 8)
     return nearest if nearest >= 0.9 * width else nearest + 8
 
