@@ -20,7 +20,7 @@ def licences(recipe: Recipe, prior: str | None, images: str | None = None) -> di
     made_from: dict[str, str | None] = {}
     if images is None:
         made_from["prior"] = recipe.prior.licence or prior
-        made_from |= {f"LoRA {lora.path}": None for lora in recipe.prior.loras}
+        made_from |= {f"LoRA {lora.path}": lora.licence for lora in recipe.prior.loras}
     else:
         made_from["images"] = None
     made_from["teacher"] = recipe.teacher.licence

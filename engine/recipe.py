@@ -43,6 +43,8 @@ class LoraRecipe(Section):
     """Name of the file in the folder or repository, where there are several."""
     scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Factor on the update when it is fused into the weights."""
+    licence: str | None = None
+    """Of the update's weights, SPDX where there is one."""
 
 
 class PriorRecipe(Section):

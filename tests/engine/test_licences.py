@@ -27,13 +27,13 @@ def test_what_a_student_inherits(used: dict[str, str | None], found: tuple[str, 
 
 def test_licences_of_a_run() -> None:
     content = {
-        "prior": {"path": "p", "loras": [{"path": "lcm.safetensors"}]},
+        "prior": {"path": "p", "loras": [{"path": "lcm.safetensors", "licence": "openrail++"}, {"path": "b"}]},
         "teacher": {"architecture": "small_cnn", "weights": "t", "classes": ["a", "b"], "licence": "MIT"},
         "student": {"architecture": "small_cnn"},
         "evaluation": {"images": "images", "licence": "CC0-1.0"},
     }
     recipe = load_recipe(content)
-    used = {"LoRA lcm.safetensors": None, "teacher": "MIT", "test images": "CC0-1.0"}
+    used = {"LoRA lcm.safetensors": "openrail++", "LoRA b": None, "teacher": "MIT", "test images": "CC0-1.0"}
     assert licences(recipe, RAIL) == {"prior": RAIL, **used}
     given = recipe.model_copy(update={"prior": recipe.prior.model_copy(update={"licence": "mine"})})
     assert licences(given, RAIL)["prior"] == "mine"

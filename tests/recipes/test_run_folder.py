@@ -43,7 +43,7 @@ def test_paths_are_relative_to_the_recipe_and_made_absolute(begun: Callable[...,
     assert begun().prior.loras[0].path == str(tmp_path / "lcm.safetensors")
     frozen = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert frozen["prior"]["loras"] == [
-        {"path": str(tmp_path / "lcm.safetensors"), "revision": None, "file": None, "scale": 0.5}
+        {"path": str(tmp_path / "lcm.safetensors"), "revision": None, "file": None, "scale": 0.5, "licence": None}
     ]
     assert len(frozen["frozen"]["digests"]["lora 0"]) == 64
 
