@@ -3,7 +3,6 @@
 import json
 import shlex
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffdfkd.engine.class_order import Order
@@ -34,7 +33,7 @@ def findings(
     if judgement is not None:
         found.append(_preprocessing(recipe, declared, judgement))
     if order is not None:
-        found.append(_order(recipe.teacher.classes, order))
+        found.append(_order(recipe, order))
     recognised = above_chance(declared)
     if not found and (recognised or (declared.distance is not None and declared.distance <= NEAR)):
         found.append(_nothing(recipe, declared, recognised))
@@ -128,18 +127,21 @@ def _preprocessing(recipe: Recipe, declared: Reading, judgement: Judgement) -> F
     return Finding(f"{text}If the teacher was trained so, give:", cure)
 
 
-def _order(classes: Sequence[str], order: Order) -> Finding:
+def _order(recipe: Recipe, order: Order) -> Finding:
+    classes, words = recipe.teacher.classes, recipe.synthesis.words
     text = (
         f"teacher.classes: the class order looks wrong. The teacher names the class asked for in {order.declared:.0%} "
         f"of the images that tell, and in {order.agreement:.0%} with {order.name}. "
     )
     names = {output: classes[label] for label, output in order.output.items()}
     if len(names) == len(classes):
-        names_in_order = [names[output] for output in sorted(names)]
-        return Finding(
-            f"{text}As far as these images tell, the order of the outputs is:",
-            shlex.quote(f"teacher.classes={_value(names_in_order)}"),
-        )
+        label_of = {output: label for label, output in order.output.items()}
+        labels = [label_of[output] for output in range(len(classes))]
+        changes = {"teacher.classes": [classes[label] for label in labels]}
+        if words is not None:
+            changes["synthesis.words"] = [words[label] for label in labels]
+        cure = " ".join(shlex.quote(f"{field}={_value(names)}") for field, names in changes.items())
+        return Finding(f"{text}As far as these images tell, the order of the outputs is:", cure)
     pairs = [f"output {output} answers to {names[output]}" for output in sorted(names)]
     shown = ", ".join(pairs[:8]) + (", ..." if len(pairs) > 8 else "")
     return Finding(f"{text}Of the classes drawn {shown} (counted from 0).")
