@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe
+from diffdfkd.recipes.command import refuse_json
 from diffdfkd.recipes.table import table
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def check(recipe: Recipe, *, json_file: Path | None = None, progress: bool = Tru
     from diffdfkd.recipes.run_folder import refuse_launch, settle_machine
 
     refuse_launch("check")
+    refuse_json(json_file)
     recipe = settle_machine(recipe)
     use_device(recipe)
     teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher").to(recipe.device)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffdfkd.engine.errors import UserError
+from diffdfkd.recipes.command import refuse_json
 from diffdfkd.recipes.extras import examine_extras, install_command, installed, required
 from diffdfkd.recipes.machine import examine_disk, examine_gpu, examine_launchers, examine_memory, examine_processor
 
@@ -25,6 +26,7 @@ def doctor(*, json_file: Path | None = None) -> str:
 
     Nothing is installed, fetched or changed. Raises UserError where the file cannot be written.
     """
+    refuse_json(json_file)
     findings = examine()
     if json_file is not None:
         try:
