@@ -6,6 +6,7 @@ fails on BatchNorm's buffers, buffers differ between ranks, and its checkpoint r
 
 import atexit
 import copy
+import errno
 import os
 import warnings
 from collections.abc import Iterator
@@ -191,7 +192,14 @@ def gathered_weights(engine: Any) -> dict[str, Tensor]:
 
 
 def save(engine: Any, folder: Path, state: State, place: Place) -> None:
-    engine.save_checkpoint(str(folder), tag=state.tag(), save_latest=False)  # ends with a barrier
+    """Write and publish a checkpoint; raises OSError where the disk does not take it, and the one before stays."""
+    try:
+        engine.save_checkpoint(str(folder), tag=state.tag(), save_latest=False)  # ends with a barrier
+    except RuntimeError as error:
+        # What torch's writer says, in C++, of a disk that is full.
+        if not any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter")):
+            raise
+        raise OSError(errno.ENOSPC, "not written whole, as on a full disk", str(folder / state.tag())) from error
     if place.rank == 0:
         publish(folder, state)
     torch.distributed.barrier()
