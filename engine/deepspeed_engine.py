@@ -195,9 +195,6 @@ def save(engine: Any, folder: Path, state: State, place: Place) -> None:
     """Write and publish a checkpoint; raises OSError where the disk does not take it, and the one before stays."""
     try:
         engine.save_checkpoint(str(folder), tag=state.tag(), save_latest=False)  # ends with a barrier
-    except OSError as error:
-        error.filename = error.filename or str(folder / state.tag())
-        raise
     except RuntimeError as error:
         # What torch's writer says, in C++, of a disk that is full.
         if not any(sign in str(error) for sign in ("inline_container", "PytorchStreamWriter")):
