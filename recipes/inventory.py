@@ -55,7 +55,7 @@ def prior_folder(recipe: Recipe) -> Path | None:
 
 def _prior(recipe: Recipe) -> Item:
     from diffdfkd.engine.prior_files import component_classes, find_weights, read_json, read_scheduler_config
-    from diffdfkd.engine.schedule import make_table
+    from diffdfkd.engine.schedule import late_start, make_table
 
     prior, about = recipe.prior, recipe.about.prior
     folder, local = prior_folder(recipe), Path(prior.path).is_dir()
@@ -68,14 +68,15 @@ def _prior(recipe: Recipe) -> Item:
     except UserError as error:
         return Item("prior", None, str(error), command)
     scheduler = read_scheduler_config(folder)
-    make_table(recipe.synthesis.sampler, scheduler, recipe.synthesis.steps)
+    doubt = late_start(make_table(recipe.synthesis.sampler, scheduler, recipe.synthesis.steps), scheduler)
     unet = read_json(folder / "unet" / "config.json")
     halves = ", half-precision files" if "fp16" in variants else ""
+    late = f"; {doubt}" if doubt is not None else ""
     return Item(
         "prior",
         f"{prior.path}{'' if local else f' at {prior.revision}, in the cache'}: {classes['vae']}, latents of "
         f"{_sides(unet.get('sample_size'))}, {scheduler.get('prediction_type', 'epsilon')} prediction{halves}; "
-        f"{recipe.synthesis.sampler} makes {recipe.synthesis.steps} steps of its schedule",
+        f"{recipe.synthesis.sampler} makes {recipe.synthesis.steps} steps of its schedule{late}",
     )
 
 
@@ -94,6 +95,7 @@ def _lora(lora: LoraRecipe, field: str) -> Item:
 
 def _teacher(recipe: Recipe) -> Item:
     from diffdfkd.engine.classifier import build_classifier, build_model
+    from diffdfkd.engine.taps import check_taps, tappable
 
     teacher = recipe.teacher
     if teacher.weights is not None and not Path(teacher.weights).is_file():
@@ -103,21 +105,9 @@ def _teacher(recipe: Recipe) -> Item:
         where = f"; {recipe.about.teacher}" if recipe.about.teacher else ""
         return Item("teacher.weights", None, f"{teacher.weights}: no such file{where}")
     built = build_classifier(teacher, teacher, field="teacher")
-    layers = _batchnorm_layers(built, recipe)
-    return Item(
-        "teacher", f"{teacher.architecture} from {teacher.weights}: {_counts(built)}, {layers} BatchNorm layers"
-    )
-
-
-def _batchnorm_layers(teacher: "Classifier", recipe: Recipe) -> int:
-    """How many guidance would read; raises UserError where it is to and there are none."""
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    from diffdfkd.engine.taps import BatchNormTaps
-
-    if recipe.guidance.mode != "none" and recipe.guidance.batchnorm_weight > 0:
-        BatchNormTaps(teacher.model).remove()
-    return sum(isinstance(layer, _BatchNorm) for layer in teacher.modules())
+    check_taps(built.model, recipe.guidance)
+    found = f"{_counts(built)}, {len(tappable(built.model))} BatchNorm layers to read"
+    return Item("teacher", f"{teacher.architecture} from {teacher.weights}: {found}")
 
 
 def _student(recipe: Recipe) -> Item:
