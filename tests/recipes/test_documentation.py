@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffdfkd.engine import recipe
+from diffdfkd.recipes.run_folder import MAY_DIFFER
 
 DOCS = Path(recipe.__file__).resolve().parent.parent / "docs"
 
@@ -24,6 +25,12 @@ def test_the_python_of_the_api_page_runs(tiny_recipe: Path, tmp_path: Path, monk
         exec(compile(block.replace('"fashion"', repr(str(tiny_recipe))), "docs/api.md", "exec"), names)
     assert (tmp_path / "runs" / "api" / "report.html").is_file()
     assert (tmp_path / "runs" / "api" / "result.json").is_file()
+
+
+def test_the_page_on_errors_names_every_field_that_may_differ() -> None:
+    table = (DOCS / "errors.md").read_text(encoding="utf-8").partition("<!-- may-differ -->")[2].partition("\n\n")[0]
+    fields = [field for row in table.splitlines()[3:] for field in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    assert sorted(fields) == sorted([*MAY_DIFFER, "about.*"])
 
 
 def page_blocks(page: Path) -> Iterator[tuple[str, str, str]]:
