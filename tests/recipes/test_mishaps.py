@@ -93,6 +93,21 @@ def test_images_per_class_may_grow(good_recipe: Recipe, good_run: Path, tmp_path
     assert content(folder)["superseded/001/student/student.safetensors"] == before["student/student.safetensors"]
 
 
+@pytest.mark.parametrize("part", ["teacher", "prior"])
+def test_licence_that_is_stated_later_reaches_result_and_card(
+    part: str, good_recipe: Recipe, good_run: Path, tmp_path: Path, command_line: Call
+) -> None:
+    folder = copy_run(good_run, tmp_path / "run")
+    again = [f"{part}.licence=openrail++"]
+    for command_ in (command(tmp_path, good_recipe, *again, name=name) for name in ("run", "run")):
+        assert command_line(command_)[0] == 0
+        assert json.loads((folder / "result.json").read_text())["licences"][part] == "openrail++"
+        for name in ("report.html", "student/README.md", "recipe.yaml"):
+            assert "openrail++" in (folder / name).read_text(), name
+    # The second command found nothing left to do.
+    assert (folder / "metrics.jsonl").read_text().count('"event": "session"') == 2
+
+
 # Memory
 
 
