@@ -98,9 +98,8 @@ def test_licence_that_is_stated_later_reaches_result_and_card(
     part: str, good_recipe: Recipe, good_run: Path, tmp_path: Path, command_line: Call
 ) -> None:
     folder = copy_run(good_run, tmp_path / "run")
-    again = [f"{part}.licence=openrail++"]
-    for command_ in (command(tmp_path, good_recipe, *again, name=name) for name in ("run", "run")):
-        assert command_line(command_)[0] == 0
+    for _ in range(2):
+        assert command_line(command(tmp_path, good_recipe, f"{part}.licence=openrail++"))[0] == 0
         assert json.loads((folder / "result.json").read_text())["licences"][part] == "openrail++"
         for name in ("report.html", "student/README.md", "recipe.yaml"):
             assert "openrail++" in (folder / name).read_text(), name
