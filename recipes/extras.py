@@ -12,7 +12,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-PROBE_SECONDS = 10
+PROBE_SECONDS = 60
 
 
 @dataclass(frozen=True)
