@@ -41,7 +41,7 @@ def test_the_text_is_narrow_and_the_json_says_the_same(few_extras: None, tmp_pat
         assert ("python -m pip install " in extra["install"]) and (extra["usable"] == (extra["reason"] is None))
 
 
-def test_an_unwritable_file_is_one_line(tmp_path: Path) -> None:
+def test_an_unwritable_file_is_one_line(few_extras: None, tmp_path: Path) -> None:
     # Below a file, since permissions bind no one who is root.
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^--json: \S*/file/found.json cannot be written"):
