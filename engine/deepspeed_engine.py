@@ -82,6 +82,7 @@ def training_processes(device: torch.device) -> Iterator[Place]:
         deepspeed = _deepspeed(device)
         level = deepspeed.utils.logger.level
         deepspeed.utils.logger.setLevel("ERROR")
+        linear = torch.nn.functional.linear
         try:
             if device.type == "cuda":
                 device = torch.device("cuda", local)
@@ -97,6 +98,8 @@ def training_processes(device: torch.device) -> Iterator[Place]:
             yield Place(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
         finally:
             deepspeed.utils.logger.setLevel(level)
+            # ZeRO 3 puts its own in for the whole process, with which no network could be exported afterwards.
+            torch.nn.functional.linear = linear
 
 
 def _leave() -> None:

@@ -172,6 +172,12 @@ def test_deepspeed_equals_a_plain_loop_bit_for_bit(tmp_path: Path, optimizer: st
     assert (summary.steps, summary.start_step, summary.holdout_agreement) == (12, 0, None)
 
 
+def test_zero_3_leaves_torch_as_it_was(tmp_path: Path) -> None:
+    linear = torch.nn.functional.linear
+    train(tmp_path, make_student(), toy_recipe(steps=2, zero_stage=3))
+    assert torch.nn.functional.linear is linear
+
+
 @pytest.mark.parametrize(("optimizer", "zero_stage"), [("adamw", 1), ("sgd", 0), ("adamw", 2), ("sgd", 3)])
 def test_killed_and_continued_equals_undisturbed_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, zero_stage: int
