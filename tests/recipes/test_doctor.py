@@ -127,12 +127,13 @@ def test_the_control_group_limits_memory_and_cores(tmp_path: Path, monkeypatch: 
     outer, inner = tmp_path, tmp_path / "inner"
     inner.mkdir()
     (outer / "memory.max").write_text("2147483648\n")
-    (inner / "memory.max").write_text("max\n")
+    (inner / "memory.max").write_text("4294967296\n")
     (inner / "cpu.max").write_text("150000 100000\n")
     monkeypatch.setattr(machine, "_groups", lambda: [inner, outer])
     assert machine.examine_memory(tmp_path / "meminfo") == {"total": 2**33, "available": 2**32, "limit": 2**31}
     assert machine.examine_processor()["core_quota"] == 1.5
     (outer / "memory.max").write_text("9223372036854771712\n")  # version 1's word for none
+    (inner / "memory.max").write_text("max\n")
     assert machine.examine_memory(tmp_path / "meminfo")["limit"] is None
 
 
