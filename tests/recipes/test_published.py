@@ -99,7 +99,7 @@ def test_its_variants_in_the_head_are_recipes(name: str) -> None:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, and an empty hub cache that is not to be left."""
     work = tmp_path / "work"
     work.mkdir()
@@ -111,7 +111,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_on_a_machine_without_anything_the_dry_run_says_what_to_fetch(
-    name: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+    name: str, empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as leaving:
         cli.main(["run", name, "--dry-run"])
@@ -122,7 +122,7 @@ def test_on_a_machine_without_anything_the_dry_run_says_what_to_fetch(
     for lora in recipe.prior.loras:
         assert f'hf download {lora.path} --revision {lora.revision} --include "{lora.file}"' in out
     assert "\nMISSING " in out and "teacher.weights" in out.rpartition("\nMISSING ")[2]
-    assert list(workplace.iterdir()) == []
+    assert list(empty_folder.iterdir()) == []
 
 
 def place_prior(recipe: Recipe, prior: Path, lora: Path) -> None:
@@ -188,7 +188,7 @@ def small(recipe: Recipe) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_it_runs_as_shipped_from_synthesis_to_report(
-    name: str, workplace: Path, tiny_sd1: Path, tiny_lcm_lora: Path
+    name: str, empty_folder: Path, tiny_sd1: Path, tiny_lcm_lora: Path
 ) -> None:
     shipped = load_recipe(name)
     place_prior(shipped, tiny_sd1, tiny_lcm_lora)
@@ -204,14 +204,14 @@ def test_it_runs_as_shipped_from_synthesis_to_report(
     assert (result["images"], result["test_images"]) == (CLASSES[name], tested)
     assert result["dropped"] == 0
     assert 0 <= result["student_accuracy"] <= 1 and 0 <= result["teacher_accuracy"] <= 1
-    folder = workplace / "runs" / name
+    folder = empty_folder / "runs" / name
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert recipe.prior.path in page
     assert (folder / "student" / "student.safetensors").is_file()
 
 
 @pytest.mark.slow
-def test_it_runs_from_a_folder_of_the_sd_2_family_too(workplace: Path, tiny_sd2: Path) -> None:
+def test_it_runs_from_a_folder_of_the_sd_2_family_too(empty_folder: Path, tiny_sd2: Path) -> None:
     shipped = load_recipe("cifar10_sd15")
     place_teacher(shipped)
     place_images(shipped)
