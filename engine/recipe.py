@@ -71,7 +71,7 @@ class ClassifierRecipe(Section):
 
 
 class TeacherRecipe(ClassifierRecipe):
-    classes: list[str]
+    classes: list[Annotated[str, Field(pattern=r"\S")]]
     """Class names in the order of the teacher's outputs."""
     metadata: str | None = None
     """Published weights whose metadata fills in what is not given here of classes, channels, size, mean, std,
@@ -88,7 +88,7 @@ class TeacherRecipe(ClassifierRecipe):
     """Resize from the prior's image to the teacher's input, antialiased except ``nearest``."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
     """Order of a colour teacher's input channels; mean and std are in this order."""
-    crop_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    crop_fraction: Annotated[float, Field(ge=0.1, le=1)] | None = None
     """Of real test images alone: their shorter edge becomes size / crop_fraction and the centre is cropped, as in
     torchvision's presets (224 / 256 = 0.875); by default the whole image is squeezed to the size."""
     licence: str | None = None

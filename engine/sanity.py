@@ -223,6 +223,19 @@ def above_chance(reading: Reading) -> bool:
     return reading.hits is not None and beyond_chance(reading.hits, reading.look.probabilities.shape[1])
 
 
+def unrecognised(reading: Reading, asked: Tensor) -> list[int]:
+    """Of the classes asked for [N], those whose images the teacher names no better than by chance, by 2 errors."""
+    if reading.hits is None:
+        return sorted(set(asked.tolist()))
+    chance = 1 / reading.look.probabilities.shape[1]
+    labels = []
+    for label in sorted(set(asked.tolist())):
+        hits = reading.hits[asked == label].float()
+        if hits.mean().item() <= chance + 2 * math.sqrt(chance * (1 - chance) / len(hits)):
+            labels.append(label)
+    return labels
+
+
 def beyond_chance(hits: Tensor, classes: int) -> bool:
     """Whether more than 1 in ``classes`` of the hits [N] are true, by SIGNIFICANT standard errors and twice as many."""
     share, chance = hits.float().mean().item(), 1 / classes

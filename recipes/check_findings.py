@@ -4,10 +4,14 @@ import json
 import shlex
 import textwrap
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from diffdfkd.engine.class_order import Order
 from diffdfkd.engine.recipe import Recipe
-from diffdfkd.engine.sanity import NEAR, Judgement, Reading, above_chance
+from diffdfkd.engine.sanity import NEAR, Judgement, Reading, above_chance, unrecognised
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WIDTH = 100
 OTHER_RANGE = 20
@@ -26,9 +30,10 @@ class Finding:
 
 
 def findings(
-    recipe: Recipe, declared: Reading, judgement: Judgement | None, order: Order | None, *, prompted: bool
+    recipe: Recipe, declared: Reading, judgement: Judgement | None, order: Order | None, asked: "Tensor | None"
 ) -> list[Finding]:
-    """A paragraph each; ``prompted`` says whether the prompt names the class, so that answers mean anything."""
+    """A paragraph each; ``asked`` [N] are the images' classes, None where one prompt serves all classes."""
+    prompted = asked is not None
     found = []
     if judgement is not None:
         found.append(_preprocessing(recipe, declared, judgement))
@@ -45,6 +50,15 @@ def findings(
         )
     elif order is None and not above_chance(judgement.reading if judgement is not None else declared):
         found.append(Finding("Class order cannot be judged as long as the teacher does not recognise the images."))
+    elif order is None and asked is not None:
+        best = judgement.reading if judgement is not None else declared
+        if names := [recipe.teacher.classes[label] for label in unrecognised(best, asked)]:
+            found.append(
+                Finding(
+                    "Not judged is the place in the order of the classes that the teacher does not recognise often "
+                    f"enough, two of which could be exchanged unseen: {', '.join(names)}."
+                )
+            )
     if (reason := declared.look.unreadable) is not None:
         found.append(
             Finding(

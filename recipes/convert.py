@@ -20,6 +20,8 @@ from diffdfkd.engine.errors import UserError
 
 SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 LABELS = "labels.csv"
+MOST_PIXELS = 8192
+"""Of a side: 200 MB an image in memory, and twice that while it is resized."""
 
 Label = int | str
 
@@ -48,8 +50,8 @@ def convert(source: Path, folder: Path, *, format: str = "png", size: int | None
     """
     if format not in SUFFIXES:
         raise UserError(f"--format: got {format}; allowed: {', '.join(SUFFIXES)}")
-    if size is not None and size < 1:
-        raise UserError(f"--size: got {size}; allowed: pixels, 1 or more")
+    if size is not None and not 1 <= size <= MOST_PIXELS:
+        raise UserError(f"--size: got {size}; allowed: pixels, 1 to {MOST_PIXELS}")
     tars = _tars(source)
     classes = _classes(tars)
     folders = folder_names(classes)

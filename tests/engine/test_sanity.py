@@ -17,6 +17,7 @@ from diffdfkd.engine.sanity import (
     preference,
     read,
     statistics_distance,
+    unrecognised,
 )
 from diffdfkd.engine.signs import Layer, Look
 
@@ -189,6 +190,13 @@ def reading(distance, hits, name="other", changes=None):
         Look(torch.full((len(hits), 10), 0.1), [layer(distance, 1)], None),
         torch.tensor(hits),
     )
+
+
+def test_classes_that_are_named_no_better_than_by_chance():
+    asked = torch.arange(4).repeat_interleave(10)
+    # Of ten classes: 10, 3, 2 and no hits of ten, where chance gives 1 and two errors reach to 2.9.
+    hits = [True] * 10 + [True] * 3 + [False] * 7 + [True] * 2 + [False] * 8 + [False] * 10
+    assert unrecognised(reading(0.3, hits), asked) == [2, 3]
 
 
 GOOD, HALF_GOOD, NONE = [True] * 40, [True, False] * 20, [False] * 38 + [True] * 2

@@ -178,6 +178,12 @@ DAMAGED = [
         ("png",),
     ),
     Case(
+        "converted to no one's size",
+        typed("convert", "{folder}/run", "{folder}/new", "--size", "100000"),
+        "--size: got 100000",
+        ("1 to 8192",),
+    ),
+    Case(
         "converted to no size", typed("convert", "{folder}/run", "{folder}/new", "--size", "0"), "--size: got 0", ("1",)
     ),
 ]
