@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from diffdfkd.engine.licences import NOT_STATED, inherited_licence
+from diffdfkd.engine.licences import NOT_STATED, digest_name, inherited_licence
 from diffdfkd.engine.recipe import Recipe
 
 Content = Mapping[str, Any]
@@ -160,7 +160,7 @@ def _making(recipe: Recipe, result: Content, digests: Mapping[str, str], images:
             for number, lora in enumerate(recipe.prior.loras, 1)
         ]
         rows += [
-            (f"{name}, SHA-256", value)
+            (f"{digest_name(name)}, SHA-256", value)
             for name, value in sorted(digests.items())
             if name not in ("prior", "teacher", "student")
         ]

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from diffdfkd.engine.licences import NOT_STATED, inherited_licence
+from diffdfkd.engine.licences import NOT_STATED, TEST_IMAGES, digest_name, inherited_licence
 from diffdfkd.engine.page import Part, facts, fold, table
 from diffdfkd.engine.quantities import size
 from diffdfkd.engine.recipe_file import repeating_command
@@ -47,18 +47,19 @@ def provenance_section(recipe: Content, result: Content) -> Part:
     prior_licence = used.get("prior") or prior.get("licence") or result.get("prior_licence")
     lines: list[tuple[str, str, str | None]] = []
     if frozen.get("images"):
-        lines.append(("images", _short(frozen["images"]), used.get("images")))
+        stated = {name: licence for name, licence in used.items() if "images" in name and name != TEST_IMAGES}
+        lines += [(name, _short(frozen["images"]), licence) for name, licence in (stated or {"images": None}).items()]
     else:
         lines.append(("prior", _source(prior), prior_licence))
         for number, lora in enumerate(prior.get("loras") or [], 1):
-            licence = used.get(f"LoRA {lora['path']}")
+            licence = used.get(f"LoRA {number}") or lora.get("licence")
             lines.append((f"LoRA {number}, scale {lora['scale']}", _source(lora), licence))
     licence = used.get("teacher") or teacher.get("licence")
     lines.append(("teacher", _short(teacher.get("weights") or ""), licence))
     if evaluation.get("images"):
         lines.append(("test images", _short(evaluation["images"]), evaluation.get("licence")))
     rows = [(what, where, licence or NOT_STATED) for what, where, licence in lines]
-    hashes = [(f"{name}, SHA-256", value) for name, value in digests.items()]
+    hashes = [(f"{digest_name(name)}, SHA-256", value) for name, value in digests.items()]
     if result.get("student_sha256"):
         hashes.append(("student, SHA-256", result["student_sha256"]))
     inherited = ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.licences import TEST_IMAGES
 from diffdfkd.engine.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def remake(folder: Path, recipe: Recipe, result: dict[str, Any], *, anew: bool =
     from diffdfkd.engine.report import write_report
 
     frozen = _frozen(folder)
-    licences = run_licences(folder, recipe, frozen.get("images"))
+    licences = run_licences(folder, recipe, frozen.get("images"), result.get("licences"))
     if anew or not _exported(folder, result):
         onnx = export_student(folder, recipe, licences, result["student_sha256"])
     else:
@@ -132,13 +133,29 @@ def shard_images(folder: Path, recipe: Recipe) -> list["Tensor"]:
     return [pixels.float() / 255]
 
 
-def run_licences(folder: Path, recipe: Recipe, images: str | None) -> dict[str, str | None]:
-    """Of all that the run used; the prior's as its card stated it when the images were made."""
-    from diffdfkd.engine.licences import licences
-    from diffdfkd.engine.shards import list_shards
+def run_licences(
+    folder: Path, recipe: Recipe, images: str | None, known: dict[str, str | None] | None = None
+) -> dict[str, str | None]:
+    """Of all that the run used; the prior's as its card stated it when the images were made.
 
-    sidecar = next(list_shards(folder / "synthetic", 0), None)
-    return licences(recipe, sidecar.licence if sidecar else None, images)
+    ``known`` is what ``result.json`` says, for images of another place that have been taken away since. Raises
+    UserError for a sidecar that is not whole.
+    """
+    from diffdfkd.engine.licences import image_licences, licences
+    from diffdfkd.engine.shards import DamagedShard, list_shards
+
+    if images is not None:
+        if Path(images).exists():
+            return licences(recipe, None, image_licences(Path(images)))
+        kept = {name: licence for name, licence in (known or {}).items() if "images" in name and name != TEST_IMAGES}
+        return licences(recipe, None, kept or {"images": None})
+    try:
+        sidecar = next(list_shards(folder / "synthetic", 0), None)
+    except DamagedShard as reason:
+        raise UserError(
+            f"{folder / 'synthetic'}: {reason}; give the command of the run again, which makes the shard anew"
+        ) from None
+    return licences(recipe, sidecar.licence if sidecar else None)
 
 
 def write_card(folder: Path, recipe: Recipe, result: dict[str, Any]) -> None:

@@ -162,7 +162,7 @@ def finished(folder: RunFolder) -> dict[str, Any] | None:
             verify_shard(shard_path(round_folder(folder.path / "synthetic", plan.round), plan.index))
     except DamagedShard:
         return None
-    if result.get("licences") != run_licences(folder.path, recipe, folder.images):
+    if result["licences"] != run_licences(folder.path, recipe, folder.images, result["licences"]):
         return None
     root = folder.path / "synthetic"
     if plans and (fault := manifest_fault(root, recipe.rounds)):

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
+from diffdfkd.engine.licences import licences
 from diffdfkd.engine.model_card import model_card
 from diffdfkd.engine.recipe import Recipe, load_recipe
 
@@ -63,6 +64,15 @@ def test_card_says_what_the_run_knows() -> None:
         assert words in card
     assert "/home/someone" not in card
     assert card == model_card(recipe(), dict(reversed(RESULT.items())), dict(reversed(DIGESTS.items())))
+
+
+def test_loras_are_numbered_and_say_nothing_of_the_machine() -> None:
+    lora = {"path": "/home/someone/loras/style.safetensors", "licence": "openrail++"}
+    made = recipe(prior={"path": "/home/someone/priors/icons", "licence": "openrail++", "loras": [lora]})
+    card = model_card(made, {**RESULT, "licences": licences(made, None)}, {**DIGESTS, "lora 0": "0a" * 32})
+    assert "| LoRA 1 | style.safetensors, scale 1.0 |" in card and f"| LoRA 1, SHA-256 | {'0a' * 32} |" in card
+    assert "| LoRA 1 | openrail++ |" in card
+    assert "/home/someone" not in card and "lora 0" not in card
 
 
 def test_names_cannot_break_out_of_a_table() -> None:

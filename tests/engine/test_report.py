@@ -93,7 +93,7 @@ def folder(tmp_path: Path) -> Path:
             {"low": 0.5, "high": 0.9, "images": 12, "confidence": 0.7, "accuracy": 0.75},
             {"low": 0.9, "high": 1.0, "images": 4, "confidence": 0.97, "accuracy": 1.0},
         ],
-        "licences": {"prior": "creativeml-openrail-m", f"LoRA {HOSTILE}": HOSTILE, "teacher": None},
+        "licences": {"prior": "creativeml-openrail-m", "LoRA 1": HOSTILE, "teacher": None},
         "onnx": {"reason": f"no operator {HOSTILE}"},
         "diversity": {
             "intra_class_distance": {"mean": 1.234, "per_class": [1.2, None]},

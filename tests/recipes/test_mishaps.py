@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,25 @@ def test_licence_that_is_stated_later_reaches_result_and_card(
             assert "openrail++" in (folder / name).read_text(), name
     # The second command found nothing left to do.
     assert (folder / "metrics.jsonl").read_text().count('"event": "session"') == 2
+
+
+def test_licence_of_the_prior_goes_with_its_images(
+    good_recipe: Recipe, good_run: Path, tmp_path: Path, command_line: Call
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(good_run / "synthetic", images)
+    for file in images.glob("round-*/shard-*.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "licence": "openrail++"}))
+    arguments = [*command(tmp_path, good_recipe, "teacher.licence=mit", name="distill"), "--images", str(images)]
+    code, _, err = command_line(arguments)
+    assert code == 0, err
+    folder = tmp_path / "run"
+    for _ in range(2):
+        assert json.loads((folder / "result.json").read_text())["licences"]["images"] == "openrail++"
+        assert (folder / "student" / "README.md").read_text().startswith("---\nlicense: openrail++\n")
+        # With the images taken away, the run still knows what they stated.
+        shutil.rmtree(images, ignore_errors=True)
+        assert command_line(["export", str(folder)])[0] == 0
 
 
 # Memory
