@@ -3,6 +3,7 @@
 ``torch.export.load`` is not used, since a file from a stranger can make it run anything: in torch 2.14 it unpickles
 payloads that say so, evaluates symbolic shapes with sympy, compiles guards, and finds operators by attribute look-up
 from ``torch``. Here names are looked up in tables, and an operator must be one of ATen's that touch tensors alone.
+The archive is read by Python's zipfile alone, so that no second reader can find other entries in it.
 """
 
 import json
@@ -53,8 +54,13 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
 }
 """On sizes."""
 
-REFUSED = ("from_file", "save", "set_", "set_data", "resize_", "resize_as_", "manual_seed", "seed")
-"""ATen operators that reach beyond the tensors that they are given."""
+REFUSED = re.compile(
+    r"from_file|save|set_?|set_data|shallow_copy_data_|resize.*|manual_seed|seed|record_stream|pin_memory|coalesce"
+    r"|(fbgemm|mkldnn|mkl|miopen|cudnn|mps|xpu|quantized?|fake_quantize|fused|choose_qparams|q)_.*|dequantize|int_repr"
+    r"|empty_quantized|qscheme|smm|sspaddmm|hspmm|to_padded_tensor|.*(sparse|mkldnn|backward|nested).*"
+)
+"""ATen operators that reach beyond the tensors that they are given, or trust what is in them: packed and quantised
+weights as addresses, sparse and nested tensors, steps of a backward pass."""
 
 INTERNAL = (
     *("_adaptive_avg_pool2d", "_assert_async", "_assert_scalar", "_assert_tensor_metadata", "_batch_norm_no_update"),
@@ -241,12 +247,17 @@ def _call(node: dict[str, Any], weights: set[str], where: str) -> Call:
     return Call(function, positional, keywords, [_result(output, where) for output in node["outputs"]])
 
 
+def beyond(name: str) -> bool:
+    """Whether an ATen operator of this name has no place in a classifier that computes on plain tensors."""
+    return REFUSED.fullmatch(name) is not None
+
+
 def _operator(target: str) -> Callable[..., Any] | None:
     match = re.fullmatch(r"torch\.ops\.aten\.(\w+)\.(\w+)", target)
     if match is None:
         return None
     name, overload = match.groups()
-    if name in REFUSED or (name.startswith("_") and name not in INTERNAL):
+    if beyond(name) or (name.startswith("_") and name not in INTERNAL):
         return None
     function = getattr(getattr(torch.ops.aten, name, None), overload, None)
     return function if isinstance(function, torch._ops.OpOverload) else None

@@ -1,8 +1,11 @@
 """Programs as teachers: they answer and guide, cannot be tapped, and nothing in a hostile file is executed."""
 
+import contextlib
 import json
 import os
 import pickle
+import re
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +17,12 @@ from torch import Tensor, nn
 
 from diffdfkd.engine.classifier import Classifier, build_classifier, uncompiled
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.exported import _operator, beyond
 from diffdfkd.engine.plan import weights_digest
 from diffdfkd.engine.recipe import ClassifierRecipe, GuidanceRecipe, TeacherRecipe
 from diffdfkd.engine.stages import guidance_chain
 from diffdfkd.engine.taps import BatchNormTaps, check_taps
+from diffdfkd.engine.torchscript import ScriptedNetwork, _allowed
 
 SIZE = 16
 DYNAMIC = ({0: torch.export.Dim("batch")},)
@@ -303,9 +308,159 @@ def test_a_script_that_could_do_more_than_compute_is_not_run(tmp_path: Path) -> 
     with zipfile.ZipFile(path) as archive:
         pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
     rewritten(path, lambda name, content: pickle.dumps(Hostile(marker)) if name == pickled else content)
-    with pytest.raises(UserError, match=r"is not a TorchScript file, or is damaged"):
+    with pytest.raises(UserError, match=r"holds STACK_GLOBAL \(program/data.pkl\), which runs"):
+        load("torchscript", path)
+    for names in (b"ctorch\nclasses.quantized.Packed\n", b"c__torch__.torch\nclasses\n", b"cos\nsystem\n"):
+        rewritten(path, lambda name, content, names=names: names + b"." if name == pickled else content)
+        with pytest.raises(UserError, match=r"holds (torch\.classes|__torch__\.torch\.classes|os\.system)"):
+            load("torchscript", path)
+    assert not marker.exists()
+
+
+class Loaded(nn.Module):
+    """Writes its file while it is being loaded."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.path, self.training = state[0], state[1]
+        torch.save(torch.zeros(1), state[0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3))
+
+
+def with_code_in_another_case(path: Path) -> Path:
+    """Python's ``endswith`` and torch's look-up differ on ``.PY``; one more file lets it pass for TorchScript."""
+    with zipfile.ZipFile(path) as archive:
+        files = {re.sub(r"\.py$", ".PY", name): archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in {**files, "program/code/other.py": b""}.items():
+            archive.writestr(name, content)
+    return path
+
+
+def with_two_directories(path: Path) -> Path:
+    """Torch finds the archive; Python's zipfile, which takes the directory that ends where the end record begins,
+    finds another one of equal size and names."""
+    stored, other = path.with_suffix(".stored"), path.with_suffix(".other")
+    with (
+        zipfile.ZipFile(path) as archive,
+        zipfile.ZipFile(stored, "w", zipfile.ZIP_STORED) as copy,
+        zipfile.ZipFile(other, "w") as benign,
+    ):
+        for name in archive.namelist():
+            copy.writestr(name, archive.read(name))
+            benign.writestr(name, b"x")
+    first, count, size, start = directory(stored)
+    second, _, _, second_start = directory(other)
+    front = first[: start + size]
+    shift = len(front) + second_start - start
+    entries = bytearray(second[second_start : second_start + size])
+    place = 0
+    while place < size:
+        lengths = struct.unpack("<HHH", entries[place + 28 : place + 34])
+        (offset,) = struct.unpack("<I", entries[place + 42 : place + 46])
+        entries[place + 42 : place + 46] = struct.pack("<I", (len(front) + offset - shift) & 0xFFFFFFFF)
+        place += 46 + sum(lengths)
+    end = b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, count, count, size, start, 0)
+    path.write_bytes(front + second[:second_start] + bytes(entries) + end)
+    return path
+
+
+def directory(path: Path) -> tuple[bytes, int, int, int]:
+    """A zip file's bytes, and of its directory: entries, bytes and offset."""
+    content = path.read_bytes()
+    end = content.rfind(b"PK\x05\x06")
+    return content, *struct.unpack("<HII", content[end + 10 : end + 20])
+
+
+@pytest.mark.parametrize("change", [lambda path: path, with_code_in_another_case, with_two_directories])
+def test_a_script_does_not_run_while_it_is_loaded(change: Callable[[Path], Path], tmp_path: Path) -> None:
+    marker = tmp_path / "written"
+    path = change(scripted(Loaded(str(marker)), tmp_path / "program.pt"))
+    with contextlib.suppress(RuntimeError):
+        torch.jit.load(path)
+    assert marker.exists(), "the file does what it is made for"
+    marker.unlink()
+    with pytest.raises(UserError, match=rf"teacher.weights: {path} (holds __setstate__|is not a TorchScript file)"):
         load("torchscript", path)
     assert not marker.exists()
+
+
+class Plain(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3))
+
+
+class Outer(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images)
+
+
+class Questioned(nn.Module):
+    """Writes when Python asks whether it is true."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    @torch.jit.export
+    def __bool__(self) -> bool:
+        torch.save(torch.zeros(1), self.path)
+        return True
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3))
+
+
+def test_hooks_and_special_methods_of_a_script_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A hook knows no path but one in its own code.
+    monkeypatch.chdir(tmp_path)
+
+    def before(self: Any, input: tuple[Tensor]) -> tuple[Tensor]:
+        torch.save(input[0], "written")
+        return input
+
+    hooked = Plain()
+    hooked.register_forward_pre_hook(before)
+    path = tmp_path / "program.pt"
+    for model in (hooked, Outer(hooked)):
+        scripted(model, path)
+        with pytest.raises(UserError, match=r"holds __forward_pre_hooks__ \(program/code/__torch__.*\.py\)"):
+            load("torchscript", path)
+    # Were they not named in the code, they would be seen, and not called.
+    monkeypatch.setattr("diffdfkd.engine.torchscript.AT_LOAD", re.compile(rb"__setstate__"))
+    with pytest.raises(UserError, match=r"has forward hooks, which are not run"):
+        load("torchscript", scripted(hooked, path))
+    script = torch.jit.load(path)
+    ScriptedNetwork(script)(torch.rand(2, 3, SIZE, SIZE))
+    assert not Path("written").exists()
+    script(torch.rand(2, 3, SIZE, SIZE))
+    assert Path("written").exists(), "the file does what it is made for"
+    Path("written").unlink()
+    scripted(Questioned("written"), path)
+    with pytest.raises(UserError, match=r"uses aten::save"):
+        load("torchscript", path)
+    assert not Path("written").exists()
+
+
+@pytest.mark.parametrize("name", ["fbgemm_pack_gemm_matrix_fp16", "mkldnn_rnn_layer", "quantized_gru", "resize_"])
+def test_operators_that_trust_their_arguments_are_refused(name: str) -> None:
+    assert beyond(name) and not _allowed(f"aten::{name}")
+    assert _operator(f"torch.ops.aten.{name}.default") is None
+    assert _operator("torch.ops.aten.conv2d.default") is not None and _allowed("aten::conv2d")
 
 
 def test_a_compiled_module_is_taken_out_of_its_wrapper() -> None:
