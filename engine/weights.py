@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,12 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before every key."""
 
+PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What a network's floating-point tensors may be stored as."""
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+"""And the others, such as counters and masks."""
+
 COUNTER = "num_batches_tracked"
 """Of a BatchNorm layer; no output depends on it, and state dicts older than PyTorch 0.4.1 have none."""
 
@@ -43,6 +50,12 @@ def load_weights(model: nn.Module, path: str | Path, *, field: str) -> None:
     state = without_prefixes(read_state(Path(path), where), set(expected))
     state = {key: value for key, value in state.items() if key in expected or not key.endswith(f".{COUNTER}")}
     state |= {key: value for key, value in expected.items() if key.endswith(COUNTER) and key not in state}
+    for key, value in state.items():
+        if key in expected and (problem := _no_plain_tensor(value, expected[key])):
+            raise UserError(
+                f"{where}: {path}: {key} is {problem}, but a plain tensor of {_short(expected[key].dtype)} is needed; "
+                "save the network's own state dict on the CPU, for example after model.float()"
+            )
     shapes = [key for key in expected if key in state and state[key].shape != expected[key].shape]
     head = next((name for name, layer in reversed(list(model.named_modules())) if isinstance(layer, nn.Linear)), None)
     if shapes and all(key in (f"{head}.weight", f"{head}.bias") for key in shapes):
@@ -71,6 +84,12 @@ def load_weights(model: nn.Module, path: str | Path, *, field: str) -> None:
             f"{where}: {path} holds numbers that are not finite ({', '.join(broken[:3])}); "
             "fetch the file, or train the network, again"
         )
+    negative = [key for key, value in state.items() if key.endswith("running_var") and (value < 0).any()]
+    if negative:
+        raise UserError(
+            f"{where}: {path} holds negative variances ({', '.join(negative[:3])}); fetch the file, or train the "
+            "network, again"
+        )
     model.load_state_dict(state)
 
 
@@ -88,9 +107,11 @@ def read_state(path: Path, where: str) -> dict[str, Tensor]:
             raise UserError(f"{where}: {path} is not a safetensors file, or is truncated: {error}") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # bytes that are no pickle make the reader fail in any way
+    except Exception as error:  # bytes that are no pickle make the reader fail in any way
+        culprit = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         raise UserError(
-            f"{where}: {path} is neither a safetensors nor a plain torch state dict, and is not executed; "
+            f"{where}: {path} is neither a safetensors nor a plain torch state dict, and is not executed"
+            f"{f' (it holds {culprit[1]}, which is no tensor and no plain number)' if culprit else ''}; "
             "save it with safetensors, or torch.save(model.state_dict(), file)"
         ) from None
     if isinstance(state, dict) and not _is_state(state):
@@ -107,6 +128,22 @@ def read_state(path: Path, where: str) -> dict[str, Tensor]:
             f"{', '.join(WRAPPERS)}"
         )
     return dict(state)
+
+
+def _no_plain_tensor(value: Tensor, wanted: Tensor) -> str | None:
+    """What a tensor is that cannot be copied into the network's own as numbers of the same kind, or None."""
+    if value.is_meta:
+        return "a tensor without data (meta)"
+    if value.is_quantized:
+        return f"quantised ({_short(value.dtype)})"
+    if value.layout != torch.strided or value.is_nested:
+        return f"not dense ({_short(value.layout)})"
+    known = PLAIN if wanted.is_floating_point() else (*PLAIN, *INTEGERS)
+    return None if value.dtype in known else _short(value.dtype)
+
+
+def _short(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def _is_state(content: object) -> bool:

@@ -1,8 +1,10 @@
+import argparse
 import os
 import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
@@ -158,4 +160,47 @@ def test_counters_of_batches_may_be_missing_or_too_many(tmp_path: Path) -> None:
     del state["bn.running_mean"]
     safetensors.torch.save_file(state, path)
     with pytest.raises(UserError, match=r"1 missing \(bn.running_mean\); check teacher.architecture"):
+        load_weights(model, path, field="teacher")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor", "ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda weight: weight.to("meta"), r"a tensor without data \(meta\)"),
+        (lambda weight: weight.to_sparse(), r"not dense \(sparse_coo\)"),
+        (lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), r"quantised \(qint8\)"),
+        (lambda weight: weight.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (lambda weight: weight.to(torch.complex64), "complex64"),
+        (lambda weight: weight > 0, "bool"),
+        (lambda weight: weight.long(), "int64"),
+    ],
+)
+def test_tensors_of_another_kind_are_named(make: Any, words: str, tmp_path: Path) -> None:
+    path, model = tmp_path / "weights.pt", nn.Linear(3, 2)
+    torch.save({"weight": make(model.weight.detach()), "bias": torch.zeros(2)}, path)
+    with pytest.raises(
+        UserError, match=rf"^teacher.weights: {path}: weight is {words}, but a plain tensor of float32 is needed; save"
+    ):
+        load_weights(model, path, field="teacher")
+    torch.save({"weight": torch.ones(2, 3, dtype=torch.float64), "bias": torch.zeros(2).half()}, path)
+    load_weights(model, path, field="teacher")
+    assert torch.equal(model.weight, torch.ones(2, 3))
+
+
+def test_negative_variances_are_refused(tmp_path: Path) -> None:
+    path, model = tmp_path / "weights.safetensors", Normed()
+    safetensors.torch.save_file({**model.state_dict(), "bn.running_var": torch.tensor([1.0, -0.1])}, path)
+    with pytest.raises(UserError, match=r"holds negative variances \(bn.running_var\)"):
+        load_weights(model, path, field="teacher")
+
+
+@pytest.mark.parametrize(
+    ("held", "name"),
+    [(argparse.Namespace(lr=1), r"argparse\.Namespace"), (np.float64(94.2), r"numpy\.\w+\.multiarray\.scalar")],
+)
+def test_what_keeps_a_checkpoint_from_being_read_is_named(held: Any, name: str, tmp_path: Path) -> None:
+    path, model = tmp_path / "checkpoint.pt", nn.Linear(3, 2)
+    torch.save({"state_dict": model.state_dict(), "args": held}, path)
+    with pytest.raises(UserError, match=rf"is not executed \(it holds {name}, which is no tensor .*; save it with"):
         load_weights(model, path, field="teacher")
