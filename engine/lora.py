@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.prior_files import check_safetensors, hub
 from diffdfkd.engine.recipe import LoraRecipe
+from diffdfkd.engine.weights import INTEGERS, PLAIN
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,10 @@ def fuse_loras(loras: Sequence[LoraRecipe], unet: nn.Module, text_encoder: nn.Mo
     for index, lora in enumerate(loras):
         field = f"prior.loras.{index}"
         file = find_lora(lora, field)
+        if lora.revision is not None and Path(lora.path).exists():
+            log.warning(
+                "%s.revision: %s is not looked at, since %s is on this machine", field, lora.revision, lora.path
+            )
         updates = read_updates(file, unet, text_encoder, field)
         for update, factor in updates:
             _fuse(update, lora.scale * factor)
@@ -108,6 +113,11 @@ def read_updates(file: Path, unet: nn.Module, text_encoder: nn.Module, field: st
             update = updates.setdefault((component, path), Update(layer, name, path, component))
             if getattr(update, part) is not None or update.name != name:
                 raise UserError(f"{field}.path: {file}: updates {component}.{path} twice, the second time by {key}")
+            if tensor.dtype not in (PLAIN if part != "alpha" else (*PLAIN, *INTEGERS)):
+                raise UserError(
+                    f"{field}.path: {file}: {key} is {str(tensor.dtype).removeprefix('torch.')}; convert it to "
+                    "float32, float16 or bfloat16"
+                )
             if not torch.isfinite(tensor).all():
                 raise UserError(f"{field}.path: {file}: {key} has NaN or infinite values; download it again")
             setattr(update, part, float(tensor) if part == "alpha" else tensor.float())
@@ -162,7 +172,13 @@ def _ratio(update: Update, configuration: Mapping[str, Any], file: Path, field: 
     alpha = update.alpha
     if alpha is None:
         alpha = value("lora_alpha")
-        for pattern, given in (value("alpha_pattern") or {}).items():
+        patterns = value("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise UserError(
+                f"{field}.path: {file}: alpha_pattern in its lora_adapter_metadata is {patterns}; an object of layers "
+                "and their alphas is needed, or none"
+            )
+        for pattern, given in patterns.items():
             if f".{update.path}".endswith("." + pattern.removeprefix("^")):
                 alpha = given
     if alpha is None:

@@ -1,4 +1,5 @@
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,11 @@ KEY = "lora_unet_mid_block_resnets_0_conv1"
             lambda tensors: {**tensors, f"{KEY}.lora_up.weight": tensors[f"{KEY}.lora_up.weight"] * float("nan")},
             r"lora_up\.weight has NaN or infinite values",
         ),
+        (
+            lambda tensors: {**tensors, f"{KEY}.lora_up.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)},
+            r"lora_up\.weight is float8_e4m3fn; convert it to float32, float16",
+        ),
+        (lambda tensors: {**tensors, f"{KEY}.alpha": torch.tensor(1j)}, r"alpha is complex64; convert it"),
         (lambda tensors: {**tensors, f"{KEY}.alpha": torch.tensor(float("inf"))}, r"alpha has NaN or infinite values"),
         (
             lambda tensors: {name: tensor for name, tensor in tensors.items() if name != f"{KEY}.lora_up.weight"},
@@ -233,3 +239,23 @@ def test_other_files(tiny_sd1: Path, tiny_lcm_lora: Path, tmp_path: Path) -> Non
     refuse("its lora_adapter_metadata is no JSON object")
     torch.save(load_file(tiny_lcm_lora), tmp_path / "lora.bin")
     refuse(r"read from \.safetensors alone", "lora.bin")
+
+
+def test_patterns_that_are_none_are_refused(tiny_sd1: Path, lora_writer: Writer, tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    lora_writer(file, tiny_sd1, style="peft")
+    save_file(load_file(file), file, metadata={"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": 5})})
+    with pytest.raises(UserError, match=rf"prior\.loras\.0\.path: {file}: alpha_pattern in its .* is 5; an object of"):
+        load(tiny_sd1, file)
+
+
+def test_a_commit_of_a_file_on_this_machine_is_said_to_be_ignored(
+    tiny_sd1: Path, tiny_lcm_lora: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        load(tiny_sd1, tiny_lcm_lora)
+        assert not caplog.messages
+        load(tiny_sd1, LoraRecipe(path=str(tiny_lcm_lora), revision="0" * 40))
+    assert caplog.messages == [
+        f"prior.loras.0.revision: {'0' * 40} is not looked at, since {tiny_lcm_lora} is on this machine"
+    ]
