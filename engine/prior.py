@@ -1,6 +1,7 @@
 """The prior: a latent diffusion model in diffusers' Stable Diffusion format, frozen, from a folder or the hub."""
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,8 +103,17 @@ def load_prior(recipe: PriorRecipe, device: torch.device | str) -> Prior:
     for component, network in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
         _check_finite(folder / component, network)
 
+    if recipe.revision is not None and Path(recipe.path).is_dir():
+        log.warning("prior.revision: %s is not looked at, since %s is a folder here", recipe.revision, recipe.path)
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        log.warning(
+            "%s: sample_size is %d x %d, and the prior's images are squeezed into the teacher's squares",
+            folder / "unet" / "config.json",
+            height,
+            width,
+        )
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     return Prior(
         unet=unet,
@@ -247,6 +257,25 @@ def _check_fit(folder: Path, unet: Any, vae: Any, text_encoder: Any, tokenizer: 
         raise UserError(f"{folder / 'unet'}: needs inputs beyond a prompt ({', '.join(extra)}); take an SD 1.x or 2.x")
     if unet.config.sample_size is None:
         raise UserError(f"{folder / 'unet' / 'config.json'}: sample_size is missing; set the latents' height and width")
+    sides = unet.config.sample_size
+    sides = [*sides] if isinstance(sides, list | tuple) else [sides, sides]
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise UserError(
+            f"{folder / 'unet' / 'config.json'}: sample_size is {unet.config.sample_size}; set the latents' height and "
+            "width, one positive whole number or two"
+        )
+    scale, shift = vae.config.get("scaling_factor"), vae.config.get("shift_factor")
+    if not _finite(scale) or scale <= 0:
+        raise UserError(
+            f"{folder / 'vae' / 'config.json'}: scaling_factor is {scale}; a positive number is needed, as published "
+            "with the VAE (0.18215 in Stable Diffusion 1.x and 2.x)"
+        )
+    if shift is not None and not _finite(shift):
+        raise UserError(f"{folder / 'vae' / 'config.json'}: shift_factor is {shift}; a finite number or null is needed")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_finite(path: Path, network: nn.Module) -> None:

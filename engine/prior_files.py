@@ -196,10 +196,28 @@ def read_scheduler_config(folder: Path) -> dict[str, Any]:
             f"{file}: {config.get('_class_name', 'the scheduler')} has no beta_schedule, so its noise levels are "
             "unknown; a Stable Diffusion 1.x or 2.x model has scaled_linear"
         )
+    for field, value in _noise_levels(config):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            raise UserError(
+                f"{file}: {field} is {value}; the share of noise that a step adds is a number between 0 and 1 "
+                "(Stable Diffusion: 0.00085 to 0.012)"
+            )
+    total = config.get("num_train_timesteps", 1000)
+    if type(total) is not int or total < 1:
+        raise UserError(f"{file}: num_train_timesteps is {total}; a positive whole number is needed (1000)")
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise UserError(f"{file}: prediction_type={prediction_type}; allowed: {', '.join(PREDICTION_TYPES)}")
     return config | {"steps_offset": 1, "clip_sample": False}
+
+
+def _noise_levels(config: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Fields of a scheduler's configuration that hold variances of steps, and their values."""
+    trained = config.get("trained_betas")
+    if trained is not None:
+        values = trained if isinstance(trained, list) else [trained]
+        return [("trained_betas", value) for value in values]
+    return [(field, config[field]) for field in ("beta_start", "beta_end") if field in config]
 
 
 def read_licence(card: Path) -> str | None:

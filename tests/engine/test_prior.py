@@ -1,5 +1,7 @@
 import fnmatch
 import json
+import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +270,36 @@ Edit = Callable[[Path], Any]
             lambda folder: edit(folder / "unet" / "config.json", sample_size=None),
             r"config\.json: sample_size is missing",
         ),
+        *(
+            (
+                lambda folder, value=value: edit(folder / "unet" / "config.json", sample_size=value),
+                rf"unet/config\.json: sample_size is {re.escape(str(value))}; set the latents' height and width",
+            )
+            for value in ("x", 0, [8], [8, 8, 8])
+        ),
+        *(
+            (
+                lambda folder, value=value: edit(folder / "vae" / "config.json", scaling_factor=value),
+                rf"vae/config\.json: scaling_factor is {value}; a positive number is needed",
+            )
+            for value in (None, 0, -1.5, "x", True)
+        ),
+        (
+            lambda folder: edit(folder / "vae" / "config.json", shift_factor="x"),
+            r"vae/config\.json: shift_factor is x; a finite number or null",
+        ),
+        *(
+            (
+                lambda folder, fields=fields: edit(folder / "scheduler" / "scheduler_config.json", **fields),
+                rf"scheduler/scheduler_config\.json: {next(iter(fields))} is ",
+            )
+            for fields in (
+                {"beta_start": 2.0},
+                {"beta_end": "x"},
+                {"trained_betas": [0.1, -0.1]},
+                {"num_train_timesteps": 0},
+            )
+        ),
         (
             lambda folder: edit(folder / "unet" / "config.json", class_embed_type="timestep"),
             r"unet: the weights lack .* class_embedding",
@@ -491,3 +523,16 @@ def test_licence_of_the_model_card(card: str, expected: str | None, tmp_path: Pa
     (tmp_path / "README.md").write_text(card)
     assert read_licence(tmp_path / "README.md") == expected
     assert read_licence(tmp_path / "missing.md") is None
+
+
+def test_what_is_not_followed_is_said(broken: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        load_prior(PriorRecipe(path=str(broken)), "cpu")
+    assert not caplog.messages
+    edit(broken / "unet" / "config.json", sample_size=[8, 16])
+    prior = load_prior(PriorRecipe(path=str(broken), revision="0" * 40), "cpu")
+    assert prior.latent_shape == (4, 8, 16) and prior.image_size == (32, 64)
+    assert [message.partition(", ")[0] for message in caplog.messages] == [
+        f"prior.revision: {'0' * 40} is not looked at",
+        f"{broken / 'unet' / 'config.json'}: sample_size is 8 x 16",
+    ]
