@@ -358,7 +358,7 @@ def with_two_directories(path: Path) -> Path:
     ):
         for name in archive.namelist():
             copy.writestr(name, archive.read(name))
-            benign.writestr(name, b"x")
+            benign.writestr(name, b"N.")  # the pickle of None
     first, count, size, start = directory(stored)
     second, _, _, second_start = directory(other)
     front = first[: start + size]
