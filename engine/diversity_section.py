@@ -1,8 +1,6 @@
 """The report's part on diversity: how far apart a class's images lie, and which are almost the same."""
 
 import io
-import json
-import tarfile
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -11,8 +9,10 @@ from typing import Any
 from PIL import Image
 
 from diffdfkd.engine.charts import bars
+from diffdfkd.engine.gallery import opened, reading_shard
 from diffdfkd.engine.page import Part, facts, picture
 from diffdfkd.engine.quantities import figure, percent
+from diffdfkd.engine.shards import Sidecar
 
 Content = Mapping[str, Any]
 
@@ -65,12 +65,13 @@ def _pictures(folder: Path, indices: set[int]) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
     first = 0
     for sidecar in sorted((folder / "synthetic").glob("round-*/shard-*.json")):
-        count = json.loads(sidecar.read_bytes()).get("images", 0)
+        with reading_shard(sidecar):
+            count = Sidecar.model_validate_json(sidecar.read_bytes()).images
         wanted = {index - first: index for index in indices if first <= index < first + count}
         first += count
         if not wanted or not (tar := sidecar.with_suffix(".tar")).is_file():
             continue
-        with tarfile.open(tar, "r:") as shard:
+        with opened(tar) as shard:
             members = (member for member in shard if not member.name.endswith(".json"))
             for place, member in enumerate(members):
                 if place in wanted and (stream := shard.extractfile(member)):

@@ -4,6 +4,8 @@ import io
 import json
 import tarfile
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from PIL import Image
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.page import Part, picture
+from diffdfkd.engine.shards import Sidecar
 
 Content = dict[str, Any]
 
@@ -23,18 +26,31 @@ SHOWN_PIXELS = 96
 """Largest edge of an embedded image; larger ones are scaled down, so that the page stays small."""
 
 
-def read_preview(folder: Path) -> Content:
-    """Content of the run's ``preview.json``, empty where there is none; raises UserError for a damaged one."""
-    file = folder / "preview" / "preview.json"
+@contextmanager
+def reading_shard(file: Path) -> Iterator[None]:
+    """What a damaged tar or sidecar raises, as a UserError that names the file."""
     try:
-        return json.loads(file.read_bytes()) if file.is_file() else {}
-    except ValueError:
-        raise UserError(f"{file}: damaged; give the command of the run again, which makes the preview anew") from None
+        yield
+    # A broken PNG is a SyntaxError to PIL.
+    except (tarfile.TarError, OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{file}: damaged; give the command of the run again, which makes the shard anew ({error})"
+        ) from None
 
 
-def guidance_gallery(folder: Path) -> Part | None:
+@contextmanager
+def opened(path: Path) -> Iterator[tarfile.TarFile]:
+    """The tar of a shard; UserError where it, or its sidecar, is damaged. Reading a cut tar may just end early."""
+    with reading_shard(file := path.with_suffix(".json")):
+        size = Sidecar.model_validate_json(file.read_bytes()).bytes
+    with reading_shard(path), tarfile.open(path, "r:") as tar:
+        if path.stat().st_size != size:
+            raise tarfile.ReadError(f"{path.stat().st_size} bytes, its sidecar says {size}")
+        yield tar
+
+
+def guidance_gallery(folder: Path, preview: Content) -> Part | None:
     """Samples of each class unguided beside guided from the same noise; nothing without a preview."""
-    preview = read_preview(folder)
     if not preview.get("pairs"):
         return None
     size = _shown(preview["size"])
@@ -60,9 +76,8 @@ def guidance_gallery(folder: Path) -> Part | None:
     return Part("guidance", "What guidance does", body)
 
 
-def cutmix_gallery(folder: Path) -> Part | None:
+def cutmix_gallery(folder: Path, preview: Content) -> Part | None:
     """Owner, partner and child of a few mixes, the box outlined; nothing where CutMix was off."""
-    preview = read_preview(folder)
     if not preview.get("mixes"):
         return None
     size = _shown(preview["size"])
@@ -93,8 +108,11 @@ def cutmix_gallery(folder: Path) -> Part | None:
 def training_gallery(folder: Path, classes: list[str]) -> Part | None:
     """A strip of images of each class, the first ones in the shards."""
     found: dict[int, list[Image.Image]] = defaultdict(list)
-    for tar in sorted((folder / "synthetic").glob("round-*/shard-*.tar"))[:SHARDS_READ]:
-        _collect(tar, found, len(classes))
+    # A shard is there once its sidecar is, which comes last.
+    sidecars = (folder / "synthetic").glob("round-*/shard-*.json")
+    for tar in [file.with_suffix(".tar") for file in sorted(sidecars)][:SHARDS_READ]:
+        if tar.is_file():
+            _collect(tar, found, len(classes))
         if all(len(found[label]) >= PER_CLASS for label in range(min(len(classes), MOST_CLASSES))):
             break
     lines = []
@@ -121,7 +139,7 @@ def training_gallery(folder: Path, classes: list[str]) -> Part | None:
 def _collect(path: Path, found: dict[int, list[Image.Image]], classes: int) -> None:
     """Put the tar's images into ``found`` by their class, until each class has enough."""
     image: bytes | None = None
-    with tarfile.open(path, "r:") as tar:
+    with opened(path) as tar:
         for member in tar:
             stream = tar.extractfile(member)
             content = stream.read() if stream else b""

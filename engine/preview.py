@@ -13,9 +13,10 @@ from diffdfkd.engine.alarms import Signs, Watch
 from diffdfkd.engine.journal import Journal
 from diffdfkd.engine.painter import Models, Painter, Painting, encode, round_, saved_size, soft_label
 from diffdfkd.engine.plan import choices_digest, class_labels, sample_ids
+from diffdfkd.engine.preview_file import PREVIEW
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.engine.signs import Look, Observation
-from diffdfkd.engine.synthesis import PREVIEW, preview_signs, read_preview, round_choices
+from diffdfkd.engine.synthesis import preview_of, preview_signs, round_choices
 
 PREVIEW_CLASSES, PREVIEW_PER_CLASS, PREVIEW_MIXES = 20, 2, 3
 
@@ -27,11 +28,12 @@ def preview_pairs(recipe: Recipe, models: Models, output: Path, journal: Journal
     without CutMix: ``pairs`` has their class, class_name, sample, unguided and guided file (None where not guided or
     not finite). With CutMix on, ``mixes`` has owner, partner and child file, box (top, left, bottom, right in pixels,
     half open), area, names and soft_label of at most three. ``size`` is the images' edge in pixels. The figures are
-    those of `preview_figures`. Nothing is made when the preview of the same choices exists. Alarms are raised.
+    those of `preview_figures`. Nothing is made when the preview of the same choices is there and whole. Alarms are
+    raised.
     """
     folder, file = output / PREVIEW.parent, output / PREVIEW
     digest = choices_digest(round_choices(recipe, models, 0))
-    if (content := read_preview(output, digest)) is None:
+    if (content := preview_of(output, digest)) is None:
         content = _make(recipe, models, folder, file, journal, digest)
     reference, guided = preview_signs(content)
     watch = Watch(recipe.guidance, journal, digest, reference)

@@ -1,24 +1,23 @@
 """One self-contained HTML page about a run, from the files in its folder; sections without data are left out."""
 
-import json
 from collections import defaultdict
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffdfkd.engine.accounts import Accounts, accounts
 from diffdfkd.engine.alarms import alarms_in
 from diffdfkd.engine.charts import bars, line_chart
 from diffdfkd.engine.diversity_section import diversity_section
-from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.evaluation_section import evaluation_section
-from diffdfkd.engine.gallery import cutmix_gallery, guidance_gallery, read_preview, training_gallery
+from diffdfkd.engine.gallery import cutmix_gallery, guidance_gallery, training_gallery
 from diffdfkd.engine.journal import read_journal
 from diffdfkd.engine.origin_section import product_section, provenance_section, reproduction_section
 from diffdfkd.engine.page import Part, facts, page
+from diffdfkd.engine.preview_file import read_preview
 from diffdfkd.engine.quantities import counted, duration, memory, percent, rate
+from diffdfkd.engine.result_file import read_result
+from diffdfkd.engine.run_recipe import read_run_recipe
 from diffdfkd.engine.shards import write_atomic
 from diffdfkd.engine.steering_section import steering_section
 
@@ -27,20 +26,18 @@ Content = dict[str, Any]
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``folder/report.html`` and return its path; raises UserError where the folder holds no run."""
-    recipe_file = folder / "recipe.yaml"
-    if not recipe_file.is_file():
-        raise UserError(f"{folder}: not a folder of a run (it has no recipe.yaml); name the output of diffdfkd run")
-    recipe = _read_recipe(recipe_file)
-    result = _read_json(folder / "result.json")
+    """Write ``folder/report.html`` and return its path; UserError where the folder holds no run, or a damaged one."""
+    _, recipe = read_run_recipe(folder)
+    result = read_result(folder / "result.json") if (folder / "result.json").is_file() else {}
+    preview = read_preview(folder) or {}
     journal = folder / "metrics.jsonl"
     rows = read_journal(journal) if journal.is_file() else []
     account = accounts(rows)
     parts = [
-        guidance_gallery(folder),
-        cutmix_gallery(folder),
+        guidance_gallery(folder, preview),
+        cutmix_gallery(folder, preview),
         training_gallery(folder, recipe["teacher"]["classes"]),
-        steering_section(read_preview(folder), rows),
+        steering_section(preview, rows),
         diversity_section(folder, result),
         _curves(rows),
         evaluation_section(result),
@@ -54,27 +51,6 @@ def write_report(folder: Path) -> Path:
     head = _head(folder, recipe, result, account) + _alarms(rows)
     write_atomic(path, page(title, head, [part for part in parts if part]).encode("utf-8"))
     return path
-
-
-def _read_recipe(path: Path) -> Content:
-    problem = "it is not what a run writes"
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(recipe, dict) and isinstance(recipe.get("frozen"), dict):
-            return recipe
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-    raise UserError(f"{path}: damaged; put it back from a copy, or run into another folder ({problem})")
-
-
-def _read_json(path: Path) -> Content:
-    try:
-        content = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: damaged; give the command of the run again, which writes the file anew")
-    return content
 
 
 def _head(folder: Path, recipe: Content, result: Content, account: Accounts) -> str:

@@ -4,7 +4,6 @@ A shard is a pure function of (recipe, round, shard index, student snapshot). So
 shards that exist and make the others, and a kill costs the shard that was being made.
 """
 
-import json
 import logging
 import time
 from collections.abc import Iterable
@@ -38,15 +37,13 @@ from diffdfkd.engine.plan import (
     synthesis_choices,
     weights_digest,
 )
+from diffdfkd.engine.preview_file import read_preview
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.engine.shards import DamagedShard, Sidecar
 from diffdfkd.engine.signs import Observation
 
 MOST_DROPPED = 0.01
 """Share of a run's samples that may be lost to non-finite numbers."""
-
-PREVIEW = Path("preview") / "preview.json"
-"""In a run's folder; what alarms compare with comes from there."""
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +95,7 @@ def synthesize(
     _refuse_loss(recipe, lost)
 
     first_digest = choices_digest({field: value for field, value in choices.items() if field != "student"})
-    reference, _ = preview_signs(read_preview(output, first_digest))
+    reference, _ = preview_signs(preview_of(output, first_digest))
     watch = Watch(recipe.guidance, journal, first_digest, reference)
     missing = [plan for plan in plans if plan.index not in existing]
     made: list[Count] = []
@@ -161,13 +158,14 @@ def round_choices(recipe: Recipe, models: Models, round: int) -> dict[str, Any]:
     return synthesis_choices(recipe, prior, teacher, snapshot)
 
 
-def read_preview(output: Path, digest: str) -> dict[str, Any] | None:
+def preview_of(output: Path, digest: str) -> dict[str, Any] | None:
     """Content of the run's preview; None unless there is one, whole and of the choices with this digest."""
     try:
-        content = json.loads((output / PREVIEW).read_bytes())
-        return content if content["digest"] == digest and "signs" in content else None
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        content = read_preview(output)
+    except UserError as error:
+        log.warning("%s", error)
         return None
+    return content if content is not None and content["digest"] == digest and "signs" in content else None
 
 
 def preview_signs(content: dict[str, Any] | None) -> tuple[Signs | None, Signs | None]:

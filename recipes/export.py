@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.licences import TEST_IMAGES
-from diffdfkd.engine.recipe import Recipe, load_recipe
+from diffdfkd.engine.recipe import Recipe
+from diffdfkd.engine.result_file import read_result
+from diffdfkd.engine.run_recipe import read_run_recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,21 +27,27 @@ SHARD_IMAGES = 16
 def export(folder: Path) -> str:
     """Write both again from what lies in a run's folder, and what ``result.json`` says of them; what to tell a person.
 
-    Raises UserError where the folder holds no finished run, and where the student cannot be written as ONNX.
+    Raises UserError where the folder holds no finished run or another process works on it, and where the student cannot
+    be written as ONNX.
     """
+    from diffdfkd.recipes.run_folder import hold
+
+    read_run_recipe(folder)
+    with hold(folder):
+        return _export(folder)
+
+
+def _export(folder: Path) -> str:
     from diffdfkd.engine.weights import digest
 
     student, file = folder / "student" / "student.safetensors", folder / "result.json"
-    if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{folder}: not a folder of a run (it has no recipe.yaml); name the output of diffdfkd run")
+    recipe, _ = read_run_recipe(folder)
     if not student.is_file() or not file.is_file():
         raise UserError(f"{folder}: the run is not finished; give its command again, then export")
     result = read_result(file)
-    if result is None or result.get("student_sha256") != digest(student):
-        raise UserError(
-            f"{file}: damaged, of another student or of an earlier version; give the command of the run again"
-        )
-    result = remake(folder, load_recipe(folder / "recipe.yaml"), result, anew=True)
+    if result["student_sha256"] != digest(student):
+        raise UserError(f"{file}: of another student than {student}; give the command of the run again")
+    result = remake(folder, recipe, result, anew=True)
     onnx = result["onnx"]
     if "reason" in onnx:
         raise UserError(f"student.architecture: no ONNX file is written: {onnx['reason']}; {student} is complete")
@@ -47,15 +55,6 @@ def export(folder: Path) -> str:
         f"wrote {folder / 'student' / ONNX}, {onnx['bytes'] / 2**20:.2f} MiB; it differs from torch by at most "
         f"{onnx['max_abs']:.1e} ({onnx['runtime']}, {onnx['images']} images)\nwrote {folder / 'student' / CARD}"
     )
-
-
-def read_result(file: Path) -> dict[str, Any] | None:
-    """Content of ``result.json``; None where it is damaged, or lacks what a run writes today."""
-    try:
-        result = json.loads(file.read_bytes())
-    except ValueError:
-        return None
-    return result if isinstance(result, dict) and "accuracy_interval" in result else None
 
 
 def write_result(file: Path, result: dict[str, Any]) -> None:
@@ -81,8 +80,8 @@ def remake(folder: Path, recipe: Recipe, result: dict[str, Any], *, anew: bool =
     """What is lost of both files, or both `anew`, ``result.json`` and the report with them; returns the result."""
     from diffdfkd.engine.report import write_report
 
-    frozen = _frozen(folder)
-    licences = run_licences(folder, recipe, frozen.get("images"), result.get("licences"))
+    _, content = read_run_recipe(folder)
+    licences = run_licences(folder, recipe, content["frozen"].get("images"), result["licences"])
     if anew or not _exported(folder, result):
         onnx = export_student(folder, recipe, licences, result["student_sha256"])
     else:
@@ -121,11 +120,15 @@ def export_student(folder: Path, recipe: Recipe, licences: dict[str, str | None]
 def shard_images(folder: Path, recipe: Recipe) -> list["Tensor"]:
     """A batch [n,C,H,W] in [0, 1] of the first images of the run's own shards, none for a run without."""
     from diffdfkd.engine.images import open_images
-    from diffdfkd.engine.shards import round_folder, shard_path
+    from diffdfkd.engine.shards import DamagedShard, round_folder, shard_path, verify_shard
 
     tar, teacher = shard_path(round_folder(folder / "synthetic", 0), 0), recipe.teacher
     if not tar.is_file():
         return []
+    try:
+        verify_shard(tar)
+    except DamagedShard as reason:
+        raise UserError(f"{tar}: {reason}; give the command of the run again, which makes the shard anew") from None
     images = open_images(
         tar, channels=teacher.channels, size=teacher.size, interpolation=teacher.interpolation, labelled=False
     )
@@ -163,15 +166,9 @@ def write_card(folder: Path, recipe: Recipe, result: dict[str, Any]) -> None:
     from diffdfkd.engine.model_card import model_card
     from diffdfkd.engine.shards import write_atomic
 
-    frozen = _frozen(folder)
+    _, written = read_run_recipe(folder)
+    frozen = written["frozen"]
     content = model_card(recipe, result, frozen.get("digests") or {}, frozen.get("images")).encode("utf-8")
     path = folder / "student" / CARD
     if not path.is_file() or path.read_bytes() != content:
         write_atomic(path, content)
-
-
-def _frozen(folder: Path) -> dict[str, Any]:
-    import yaml
-
-    content = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    return (content.get("frozen") if isinstance(content, dict) else None) or {}

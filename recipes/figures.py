@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.recipes.export import (
     complete,
     export_student,
-    read_result,
     remake,
     run_licences,
     write_card,
@@ -133,10 +133,15 @@ def figures(folder: RunFolder, evaluation: "Evaluation | None") -> dict[str, Any
     }
 
 
-def finished(folder: RunFolder) -> dict[str, Any] | None:
-    """The result of a run to which nothing is left to do: every shard whole, the student and the figures there."""
+def finished(folder: RunFolder, *, preview: bool = False) -> dict[str, Any] | None:
+    """The result of a run to which nothing is left to do: every shard whole, the student and the figures there.
+
+    ``preview`` says whether the command makes one, which then has to be whole as well.
+    """
     from diffdfkd.engine.plan import shard_plan
+    from diffdfkd.engine.preview_file import read_preview
     from diffdfkd.engine.report import write_report
+    from diffdfkd.engine.result_file import read_result
     from diffdfkd.engine.shards import (
         MANIFEST,
         DamagedShard,
@@ -151,10 +156,16 @@ def finished(folder: RunFolder) -> dict[str, Any] | None:
     recipe = folder.recipe
     if folder.grown or not folder.result.is_file() or not folder.student.is_file():
         return None
-    result = read_result(folder.result)
-    if result is None or result.get("student_sha256") != digest(folder.student):
+    try:
+        result = read_result(folder.result)
+        if preview and read_preview(folder.path) is None:
+            return None
+    except UserError as damage:
+        log.warning("%s", damage)
         return None
-    if result.get("evaluation") != recipe.evaluation.model_dump():
+    if result["student_sha256"] != digest(folder.student):
+        return None
+    if result["evaluation"] != recipe.evaluation.model_dump():
         return None
     plans = [] if folder.images else [plan for round in range(recipe.rounds) for plan in shard_plan(recipe, round)]
     try:

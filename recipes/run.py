@@ -39,7 +39,7 @@ def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     started = time.perf_counter()
     with claim(recipe) as folder:
         recipe = folder.recipe
-        if (result := finished(folder)) is not None:
+        if (result := finished(folder, preview=True)) is not None:
             return result
         from diffdfkd.engine.preview import preview_pairs
         from diffdfkd.engine.synthesis import Models, synthesize

@@ -17,6 +17,7 @@ import yaml
 from diffdfkd.engine.errors import FILE_AT_FAULT, UserError
 from diffdfkd.engine.recipe import LoraRecipe, Recipe, dump_recipe, load_recipe
 from diffdfkd.engine.recipe_file import repeating_command
+from diffdfkd.engine.run_recipe import frozen_fault
 
 log = logging.getLogger(__name__)
 
@@ -115,9 +116,11 @@ def claim(recipe: Recipe, *, prior: bool = True, images: Path | None = None) -> 
     except OSError as error:
         raise UserError(f"output: {folder} cannot be written ({error.strerror}); choose another folder") from None
     try:
-        if rank() == 0:
-            _lock(lock, folder)
-        yield _settle(recipe, folder, prior, images)
+        if rank() == 0 and not _locked(lock):
+            raise UserError(
+                f"output: {folder} is in use by another diffdfkd process; wait for it, or choose another folder"
+            )
+        yield _settle(recipe, folder, images, file_digests(recipe, prior=prior))
     except OSError as error:
         file = Path(error.filename or folder)
         if error.errno not in FILE_AT_FAULT or not file.is_relative_to(folder):
@@ -128,6 +131,37 @@ def claim(recipe: Recipe, *, prior: bool = True, images: Path | None = None) -> 
         ) from error
     finally:
         os.close(lock)
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep other processes from a run's folder, whatever recipe it holds; UserError where one is at work there."""
+    try:
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); let it be written, or copy it") from None
+    try:
+        if not _locked(lock):
+            raise UserError(f"{folder}: in use by another diffdfkd process; wait for it, then give the command again")
+        yield
+    finally:
+        os.close(lock)
+
+
+def holds_run(recipe: Recipe) -> bool:
+    """Whether the recipe's output folder holds a run already, which the recipe continues; nothing is made or locked.
+
+    Raises UserError as `claim` would, where it holds another one.
+    """
+    folder = Path(recipe.output)
+    if _frozen(folder) is None or _empty(folder):
+        return False
+    try:
+        digests = file_digests(recipe, prior=True)
+    except UserError:
+        digests = {}  # a file is missing, which is said of itself; the fields can be compared without
+    _settle(recipe, folder, None, digests)
+    return True
 
 
 def settle_machine(recipe: Recipe, before: Recipe | None = None) -> Recipe:
@@ -207,19 +241,18 @@ def _lora_digest(lora: LoraRecipe, field: str) -> str:
     return digest(find_lora(lora, field))
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def _locked(descriptor: int) -> bool:
+    """Whether the lock is now this process's; no other has it then."""
     import fcntl
 
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"output: {folder} is in use by another diffdfkd process; wait for it, or choose another folder"
-        ) from None
+        return False
+    return True
 
 
-def _settle(recipe: Recipe, folder: Path, prior: bool, images: Path | None) -> RunFolder:
-    digests = file_digests(recipe, prior=prior)
+def _settle(recipe: Recipe, folder: Path, images: Path | None, digests: Mapping[str, str]) -> RunFolder:
     frozen = _frozen(folder)
     before: Recipe | None = None
     if frozen is not None and not _empty(folder):
@@ -314,6 +347,10 @@ def _frozen(folder: Path) -> dict[str, Any] | None:
     frozen = content.get("frozen") if isinstance(content, dict) else None
     if not isinstance(frozen, dict):
         raise UserError(f"output: {file} was not written by a run; choose another output folder")
+    if (fault := frozen_fault(frozen)) is not None:
+        raise UserError(
+            f"output: {file} is damaged; put it back from a copy, or choose another output folder ({fault})"
+        )
     return frozen
 
 

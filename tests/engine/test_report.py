@@ -108,6 +108,16 @@ def folder(tmp_path: Path) -> Path:
         "dropped": 1,
         "student_sha256": "cd34",
         "prior_licence": "cc0-1.0",
+        "synthesis_seconds": 2.5,
+        "distillation_seconds": 1.0,
+        "seed": 0,
+        "rounds": 1,
+        "distillation_steps": 900,
+        "distillation_loss": 0.5,
+        "holdout_agreement": None,
+        "versions": {"diffdfkd": "0.1.0", "triton": None},
+        "evaluation": {},
+        "alarms": [],
     }
     (tmp_path / "result.json").write_text(json.dumps(result))
     losses = {
@@ -365,6 +375,7 @@ def test_many_classes_make_no_large_page(folder: Path, classes: int) -> None:
     ]
     shares = {name: 90 / sum(row) for name, row in zip(names, confusion, strict=True)}
     result |= {"classes": names, "per_class": shares, "confusion": confusion, "teacher_per_class": shares}
+    result["per_class_images"] = {name: sum(row) for name, row in zip(names, confusion, strict=True)}
     result["diversity"]["intra_class_distance"]["per_class"] = [1.0 + i / classes for i in range(classes)]
     (folder / "result.json").write_text(json.dumps(result))
     preview = json.loads((folder / "preview" / "preview.json").read_text())

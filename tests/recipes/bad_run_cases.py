@@ -1,10 +1,12 @@
 """The corpus of bad inputs, continued: what goes wrong with the folder of a finished run, ``{folder}/run``."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
+import yaml
 from bad_image_cases import png
 from bad_input_cases import Arguments, Case, Recipe, Spoil, command, given, typed
 from bad_prior_cases import cut, edited, lost
@@ -36,6 +38,39 @@ def torn_journal(folder: Path) -> None:
 def of_an_unknown_field(folder: Path) -> None:
     file = folder / "recipe.yaml"
     file.write_text(file.read_text().replace("\nguidance:\n", "\nguidance:\n  strength: 3\n"))
+
+
+def without(name: str, field: str, value: object = None) -> Callable[[Path], object]:
+    """A JSON file without a top-level field, or with this value in its place."""
+
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        del content[field]
+        (folder / name).write_text(json.dumps(content if value is None else {**content, field: value}))
+
+    return change
+
+
+def without_teacher(folder: Path) -> None:
+    file = folder / "recipe.yaml"
+    content = yaml.safe_load(file.read_text())
+    del content["teacher"]
+    file.write_text(yaml.safe_dump(content))
+
+
+def frozen_as_list(folder: Path) -> None:
+    file = folder / "recipe.yaml"
+    content = yaml.safe_load(file.read_text())
+    content["frozen"]["digests"] = ["?"]
+    file.write_text(yaml.safe_dump(content))
+
+
+def cut_picture(folder: Path) -> None:
+    cut("preview/unguided-00000.png")(folder)
+
+
+def cut_sidecar(folder: Path) -> None:
+    cut("synthetic/round-000/shard-00000.json")(folder)
 
 
 def unfinished(change: Callable[[Path], object]) -> Callable[[Path], object]:
@@ -136,6 +171,72 @@ DAMAGED = [
         damaged(cut("preview/preview.json"), "report", "{folder}/run"),
         "{folder}/run/preview/preview.json: damaged",
         ("again",),
+    ),
+    Case(
+        "preview without its size",
+        damaged(without("preview/preview.json", "size"), "report", "{folder}/run"),
+        "{folder}/run/preview/preview.json: damaged",
+        ("size", "again"),
+    ),
+    Case(
+        "preview's picture cut",
+        damaged(cut_picture, "report", "{folder}/run"),
+        "{folder}/run/preview/unguided-00000.png: damaged",
+        ("again", "delete {folder}/run/preview"),
+    ),
+    Case(
+        "preview's picture gone",
+        damaged(lost("preview/unguided-00000.png"), "report", "{folder}/run"),
+        "{folder}/run/preview/unguided-00000.png: damaged",
+        ("again",),
+    ),
+    Case(
+        "shard cut before a report",
+        damaged(cut("synthetic/round-000/shard-00000.tar"), "report", "{folder}/run"),
+        "{folder}/run/synthetic/round-000/shard-00000.tar: damaged",
+        ("give the command of the run again",),
+    ),
+    Case(
+        "sidecar cut before a report",
+        damaged(cut_sidecar, "report", "{folder}/run"),
+        "{folder}/run/synthetic/round-000/shard-00000.json: damaged",
+        ("give the command of the run again",),
+    ),
+    Case(
+        "sidecar cut before an export",
+        damaged(cut_sidecar, "export", "{folder}/run"),
+        "{folder}/run/synthetic: shard-00000.json is not a sidecar",
+        ("give the command of the run again",),
+    ),
+    Case(
+        "shard cut before an export",
+        damaged(cut("synthetic/round-000/shard-00000.tar"), "export", "{folder}/run"),
+        "{folder}/run/synthetic/round-000/shard-00000.tar: ",
+        ("give the command of the run again",),
+    ),
+    *(
+        Case(
+            f"run's recipe {what} before {name}",
+            damaged(change, name, "{folder}/run"),
+            "{folder}/run/recipe.yaml: damaged",
+            ("put it back from a copy", word),
+        )
+        for what, change, word in (
+            ("without teacher", without_teacher, "teacher: missing"),
+            ("of odd digests", frozen_as_list, "frozen.digests"),
+        )
+        for name in ("report", "export")
+    ),
+    Case("odd digests before a run", damaged(frozen_as_list), "output: {folder}/run/recipe.yaml", ("frozen.digests",)),
+    *(
+        Case(
+            f"result's {field} {'mistyped' if value else 'gone'} before {name}",
+            damaged(without("result.json", field, value), name, "{folder}/run"),
+            "{folder}/run/result.json: damaged",
+            ("give the command of the run again", field),
+        )
+        for field, value in (("onnx", None), ("per_class", "half"), ("images", "many"))
+        for name in ("report", "export")
     ),
     Case("no run to report", typed("report", "{folder}"), "{folder}: not a folder of a run", ("diffdfkd run",)),
     Case("file to report", typed("report", "{folder}/run/recipe.yaml"), "{folder}/run/recipe.yaml: not a folder", ()),

@@ -18,6 +18,7 @@ from diffdfkd.engine.student_file import read_student
 from diffdfkd.recipes import export as module
 from diffdfkd.recipes.export import export
 from diffdfkd.recipes.run import run
+from diffdfkd.recipes.run_folder import claim
 
 Finished = tuple[Path, dict[str, Any]]
 
@@ -93,13 +94,20 @@ def test_network_that_cannot_be_exported_is_no_failed_run(
     assert module.complete(copy, result)
 
 
+def test_export_waits_for_nobody_and_writes_beside_nobody(copy: Path, tiny_recipe: Path) -> None:
+    before = (copy / "student" / "student.onnx").stat().st_mtime_ns
+    with claim(load_recipe(tiny_recipe, [f"output={copy}"])), pytest.raises(UserError, match=r": in use by another"):
+        export(copy)
+    assert (copy / "student" / "student.onnx").stat().st_mtime_ns == before
+
+
 def test_export_of_what_is_no_finished_run(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a folder of a run"):
         export(tmp_path)
     result = json.loads((copy / "result.json").read_text())
-    for content in ("{", json.dumps({**result, "student_sha256": "0"})):
+    for content, words in (("{", "damaged"), (json.dumps({**result, "student_sha256": "0"}), "of another student")):
         (copy / "result.json").write_text(content)
-        with pytest.raises(UserError, match=r"result\.json: damaged, of another student"):
+        with pytest.raises(UserError, match=rf"result\.json: {words}"):
             export(copy)
     (copy / "result.json").unlink()
     with pytest.raises(UserError, match="the run is not finished"):

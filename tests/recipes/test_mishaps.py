@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from bad_input_cases import Call, command, content, copy_run
-from bad_prior_cases import cut
+from bad_prior_cases import cut, lost
+from bad_run_cases import cut_picture, cut_sidecar, without
 from PIL import Image
 
 from diffdfkd.engine import painter
@@ -81,6 +82,39 @@ def test_damage_is_found_named_and_mended(
     (warning,) = [text for text in warnings if "again" in text]
     assert Path(named).name in warning and str(folder / "synthetic") in warning
     assert made(folder) == made(good_run)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        without("result.json", "onnx"),
+        without("result.json", "per_class", "half"),
+        cut("result.json"),
+        cut_picture,
+        lost("preview/unguided-00000.png"),
+        without("preview/preview.json", "size"),
+        lost("preview/preview.json"),
+        cut_sidecar,
+        cut(f"{SHARD}.tar"),
+    ],
+)
+def test_what_report_refuses_the_command_of_the_run_mends(
+    damage: Callable[[Path], object],
+    good_recipe: Recipe,
+    good_run: Path,
+    made: Made,
+    tmp_path: Path,
+    command_line: Call,
+) -> None:
+    folder = copy_run(good_run, tmp_path / "run")
+    damage(folder)
+    code, _, err = command_line(command(tmp_path, good_recipe))
+    assert code == 0, err
+    for name in ("report", "export"):
+        assert command_line([name, str(folder)])[0] == 0
+    assert made(folder) == made(good_run)
+    before, after = ({path.name: path.read_bytes() for path in run.glob("preview/*")} for run in (good_run, folder))
+    assert after == before
 
 
 def test_images_per_class_may_grow(good_recipe: Recipe, good_run: Path, tmp_path: Path, command_line: Call) -> None:

@@ -308,9 +308,8 @@ def test_recipe_of_the_folder_is_named_where_it_no_longer_holds(copy: Path, tiny
 @pytest.mark.parametrize("text", ['{"student_accuracy": 0.5, "stu', "", "[]", "{}", "\xff"])
 def test_broken_result_is_written_again(copy: Path, tiny_recipe: Path, finished_run: Finished, text: str) -> None:
     (copy / "result.json").write_text(text, encoding="latin-1")
-    if text != "{}":
-        with pytest.raises(UserError, match=r"result\.json: damaged; give the command of the run again"):
-            write_report(copy)
+    with pytest.raises(UserError, match=r"result\.json: damaged; give the command of the run again"):
+        write_report(copy)
     result = again(tiny_recipe, copy)
     assert result["student_sha256"] == finished_run[1]["student_sha256"]
     assert json.loads((copy / "result.json").read_text()) == result
@@ -321,7 +320,6 @@ def test_broken_preview_is_made_again(copy: Path, tiny_recipe: Path, finished_ru
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"preview\.json: damaged"):
         write_report(copy)
-    (copy / "result.json").unlink()
     again(tiny_recipe, copy)
     assert file.read_bytes() == (finished_run[0] / "preview" / "preview.json").read_bytes()
 
