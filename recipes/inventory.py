@@ -148,12 +148,17 @@ def _images(recipe: Recipe) -> Item:
 
 
 def _output(recipe: Recipe) -> Item:
+    from diffdfkd.recipes.run_folder import holds_run
+
     folder = Path(recipe.output)
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return Item("output", None, f"{folder} cannot be written; choose another folder")
-    if (folder / "recipe.yaml").is_file():
-        return Item("output", f"{folder} holds a run, which the command continues if it is of this recipe")
+    try:
+        if holds_run(recipe):
+            return Item("output", f"{folder} holds a run of this recipe, which the command continues")
+    except UserError as error:
+        return Item("output", None, str(error))
     return Item("output", f"{folder}, {'empty or of something else' if folder.is_dir() else 'to be made'}")
 
 

@@ -154,6 +154,23 @@ def test_what_is_there_and_wrong_is_refused_as_by_a_run(plan: Plan, tiny_prior: 
         plan(f"evaluation.images={tiny_prior}")
 
 
+def test_folder_of_another_recipe_is_not_ready(plan: Plan, finished_run: Finished, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished_run[0], tmp_path / "copy"))
+    (folder / ".lock").unlink(missing_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    text, complete = plan(f"output={folder}")
+    assert complete and "holds a run of this recipe, which the command continues" in text
+    # Also where the digests cannot be compared, since a file is missing.
+    for more in ((), ("teacher.weights=no.pth",)):
+        text, complete = plan(f"output={folder}", "seed=5", *more)
+        assert not complete and f"output MISSING: seed: {folder} holds a run with seed=0, now it is 5" in text
+    (folder / "recipe.yaml").write_text("a: [")
+    text, complete = plan(f"output={folder}")
+    assert not complete and "recipe.yaml is no longer YAML" in text
+    assert set(folder.rglob("*")) == set(before)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path.name != "recipe.yaml")
+
+
 def test_a_gpu_that_is_asked_for_and_not_there_is_missing(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text, complete = plan("device=cuda")
