@@ -25,6 +25,9 @@ NEARLY_ALL = 0.9
 NO_BETTER = 0.9
 """Share of the unguided L_bn from which on L_bn has not improved."""
 
+OTHER_NOISE = 2.0
+"""Times by which a shard's L_bn must exceed these bounds: it is of other noise than the preview, and of few images."""
+
 
 @dataclass(frozen=True)
 class Signs:
@@ -56,15 +59,19 @@ Losses = Mapping[str, Mapping[str, float] | None]
 """Mean losses of the ``first`` and ``last`` guided step, by name."""
 
 
-def find_alarms(guidance: GuidanceRecipe, signs: Signs, reference: Signs, losses: Losses | None = None) -> list[Alarm]:
+def find_alarms(
+    guidance: GuidanceRecipe, signs: Signs, reference: Signs, losses: Losses | None = None, *, paired: bool = True
+) -> list[Alarm]:
     """The alarms that guided images give beside unguided ones, ``reference``; none for an unguided recipe.
 
+    ``paired`` says that both began with the same noise, so that L_bn may be compared without allowance.
     A rule whose figure is missing (a teacher without BatchNorm layers, a class weight alone) does not speak.
     """
     if guidance.mode == "none":
         return []
     rho = f"guidance.rho (now {guidance.rho:g})"
     alarms = []
+    slack = 1.0 if paired else OTHER_NOISE
     first, last = ((losses or {}).get(which) or {} for which in ("first", "last"))
     if guidance.batchnorm_weight > 0:
         cure = f"lower {rho}, or raise guidance.batchnorm_weight against guidance.class_weight"
@@ -77,7 +84,7 @@ def find_alarms(guidance: GuidanceRecipe, signs: Signs, reference: Signs, losses
                     f"in the last; {cure}",
                 )
             )
-        elif signs.batchnorm is not None and reference.batchnorm is not None and signs.batchnorm >= reference.batchnorm:
+        elif signs.batchnorm is not None and reference.batchnorm is not None and share_of(signs, reference) >= slack:
             alarms.append(
                 Alarm(
                     "batchnorm",
@@ -112,19 +119,27 @@ def find_alarms(guidance: GuidanceRecipe, signs: Signs, reference: Signs, losses
                     f"{rho} or guidance.class_weight (now {guidance.class_weight:g})",
                 )
             )
-    if signs.batchnorm is not None and reference.batchnorm is not None:
-        share = signs.batchnorm / max(reference.batchnorm, 1e-9)
-        if signs.agreement >= NEARLY_ALL and share >= NO_BETTER:
-            alarms.append(
-                Alarm(
-                    "agreement",
-                    f"the teacher agrees with {signs.agreement:.0%} of the labels, but L_bn is {signs.batchnorm:.3g} "
-                    f"with guidance and {reference.batchnorm:.3g} without, and agreement alone says nothing of an "
-                    f"image: raise guidance.batchnorm_weight (now {guidance.batchnorm_weight:g}), or lower "
-                    f"guidance.class_weight (now {guidance.class_weight:g})",
-                )
+    if (
+        signs.batchnorm is not None
+        and reference.batchnorm is not None
+        and signs.agreement >= NEARLY_ALL
+        and share_of(signs, reference) >= NO_BETTER * slack
+    ):
+        alarms.append(
+            Alarm(
+                "agreement",
+                f"the teacher agrees with {signs.agreement:.0%} of the labels, but L_bn is {signs.batchnorm:.3g} "
+                f"with guidance and {reference.batchnorm:.3g} without, and agreement alone says nothing of an "
+                f"image: raise guidance.batchnorm_weight (now {guidance.batchnorm_weight:g}), or lower "
+                f"guidance.class_weight (now {guidance.class_weight:g})",
             )
+        )
     return alarms
+
+
+def share_of(signs: Signs, reference: Signs) -> float:
+    """L_bn as a share of that of the reference, where both are known."""
+    return (signs.batchnorm or 0.0) / max(reference.batchnorm or 0.0, 1e-9)
 
 
 class Watch:
@@ -149,7 +164,7 @@ class Watch:
         """The alarms of a shard, or of the preview without ``shard``; new kinds are raised."""
         if self._reference is None:
             return []
-        alarms = find_alarms(self._guidance, signs, self._reference, losses)
+        alarms = find_alarms(self._guidance, signs, self._reference, losses, paired=shard is None)
         for alarm in alarms:
             if alarm.kind in self._raised:
                 continue

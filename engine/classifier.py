@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from diffdfkd.engine.architectures import ARCHITECTURES
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.memory import ran_out
 from diffdfkd.engine.programs import READERS, Program, load_program
 from diffdfkd.engine.recipe import ClassifierRecipe, TeacherRecipe
 from diffdfkd.engine.weights import load_weights
@@ -218,6 +219,13 @@ def _call(factory: Callable[..., Any], given: dict[str, Any], options: dict[str,
         raise UserError(f"{field}.{error}") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{field}.options: the architecture refuses {options}: {error}") from error
+    except Exception as error:  # a factory is the user's own code, and may raise anything
+        if ran_out(error):
+            raise
+        raise UserError(
+            f"{field}.architecture: {factory.__module__}:{factory.__name__} raised {type(error).__name__}: {error}; "
+            "--debug shows where"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{field}.architecture: the factory returned {type(model).__name__}, not a torch.nn.Module")
     return uncompiled(model)

@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that a mistake in a recipe costs a second.
 """
 
 import math
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,8 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
             f"got {synthesis.quality} with synthesis.format=png, which is lossless; set synthesis.format=webp, or "
             "quality to null",
         )
+    if strange := re.findall(r"\{[^{}]+\}", synthesis.prompt):
+        yield "synthesis.prompt", f"got {strange[0]}, which stays as it is; the class's word goes where {{}} stands"
     if guidance.mode != "none":
         guided_steps(guidance, synthesis.steps)
         if guidance.rho == 0:

@@ -157,7 +157,9 @@ def _fields(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first problem in one line: field path, what was given, what is allowed."""
-    first = error.errors()[0]
+    problems = error.errors()
+    # A section's misspelt name is why another is missing.
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
     field = ".".join(str(part) for part in first["loc"])
     given = json.dumps(first["input"], default=str)
     given = given if len(given) < 80 else given[:77] + "..."
@@ -172,4 +174,6 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         example = f"{field}.{next(iter(_fields(model, (*first['loc'], ''))), '...')}"
         return f"{field}: got {given}; this is a section, whose fields are given one by one, as in {example}=..."
     message = first["msg"].removeprefix("Value error, ")
-    return f"{field}: got {given}; {message[0].lower()}{message[1:]}"
+    quotes = isinstance(first["input"], bool | int | float) and first["type"] == "string_type"
+    hint = "; put it into quotes, since YAML reads it otherwise" if quotes else ""
+    return f"{field}: got {given}; {message[0].lower()}{message[1:]}{hint}"

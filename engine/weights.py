@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,13 +94,30 @@ def load_weights(model: nn.Module, path: str | Path, *, field: str) -> None:
     model.load_state_dict(state)
 
 
+def _program(path: Path) -> str | None:
+    """``exported`` or ``torchscript`` for a file of torch.export.save or torch.jit.save; None for others."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith("models/model.json") for name in names):
+        return "exported"
+    return "torchscript" if any(name.endswith("/constants.pkl") for name in names) else None
+
+
 def read_state(path: Path, where: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of a pickle that holds a state dict alone or beside other plain data.
 
     Nothing in a pickle is executed; raises UserError that begins with `where` for all else.
     """
     if not path.is_file():
-        raise UserError(f"{where}: {path}: no such file")
+        problem = "a folder; name the file in it" if path.is_dir() else "no such file"
+        raise UserError(f"{where}: {path}: {problem}")
+    if (program := _program(path)) is not None:
+        raise UserError(
+            f"{where}: {path} is a whole program and no state dict; as a teacher it is teacher.architecture={program} "
+            "with guidance.batchnorm_weight=0"
+        )
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)

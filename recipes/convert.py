@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from diffdfkd.engine.errors import UserError
+from diffdfkd.recipes.preview import run_of
 
 SUFFIXES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 LABELS = "labels.csv"
@@ -52,6 +53,8 @@ def convert(source: Path, folder: Path, *, format: str = "png", size: int | None
         raise UserError(f"--format: got {format}; allowed: {', '.join(SUFFIXES)}")
     if size is not None and not 1 <= size <= MOST_PIXELS:
         raise UserError(f"--size: got {size}; allowed: pixels, 1 to {MOST_PIXELS}")
+    if (run := run_of(folder)) is not None:
+        raise UserError(f"{folder}: lies in the folder of a run ({run}), where only the run writes; choose another")
     tars = _tars(source)
     classes = _classes(tars)
     folders = folder_names(classes)

@@ -78,6 +78,12 @@ def preview(recipe: Recipe, to: Path | None = None) -> str:
     return _text(recipe, content, folder)
 
 
+def run_of(folder: Path) -> Path | None:
+    """The folder of a run that this one is, or lies in; None for others."""
+    places = (folder.resolve(), *folder.resolve().parents)
+    return next((place for place in places if (place / "recipe.yaml").is_file() and (place / ".lock").exists()), None)
+
+
 def _folder(recipe: Recipe, to: Path | None) -> Path:
     run = Path(recipe.output)
     folder = to if to is not None else run.with_name(f"{run.name}-preview")
@@ -85,6 +91,8 @@ def _folder(recipe: Recipe, to: Path | None) -> Path:
         raise UserError(f"--to: {folder} is in the run's own folder ({run}); choose another folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--to: {folder} is a file; choose a folder")
+    if (owner := run_of(folder)) is not None:
+        raise UserError(f"--to: {folder} is in the folder of a run ({owner}); choose another folder")
     return folder
 
 

@@ -254,6 +254,11 @@ def _locked(descriptor: int) -> bool:
 
 def _settle(recipe: Recipe, folder: Path, images: Path | None, digests: Mapping[str, str]) -> RunFolder:
     frozen = _frozen(folder)
+    if frozen is None and not _empty(folder):
+        raise UserError(
+            f"output: {folder} holds a run whose recipe.yaml is gone, so that no one can say which; put it back from "
+            "a copy, or choose another output folder"
+        )
     before: Recipe | None = None
     if frozen is not None and not _empty(folder):
         try:

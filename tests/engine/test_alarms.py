@@ -13,6 +13,7 @@ from diffdfkd.engine.classifier import Classifier, Preprocessing
 from diffdfkd.engine.journal import Journal, read_journal
 from diffdfkd.engine.painter import Models, Painter
 from diffdfkd.engine.preview import preview_pairs
+from diffdfkd.engine.preview_file import PREVIEW
 from diffdfkd.engine.prior import load_prior
 from diffdfkd.engine.recipe import GuidanceRecipe, load_recipe
 
@@ -57,6 +58,14 @@ def test_without_a_batchnorm_loss_only_agreement_speaks_of_l_bn():
     bad = replace(GUIDED, batchnorm=30.0)
     assert kinds(bad, batchnorm_weight=0.0) == []
     assert kinds(replace(bad, agreement=1.0), batchnorm_weight=0.0) == ["agreement"]
+
+
+def test_a_shard_of_other_noise_is_given_allowance():
+    # Half as much again is what twenty images of other noise can come to; three times is not.
+    for times, found in ((1.5, []), (3.0, ["batchnorm"])):
+        signs = replace(GUIDED, batchnorm=times * UNGUIDED.batchnorm)
+        assert [alarm.kind for alarm in find_alarms(GUIDANCE, signs, UNGUIDED, LOSSES, paired=False)] == found
+        assert [alarm.kind for alarm in find_alarms(GUIDANCE, signs, UNGUIDED, LOSSES)] == ["batchnorm"]
 
 
 def test_figures_that_are_not_known_raise_nothing():
@@ -191,7 +200,7 @@ def test_an_alarm_that_a_kill_kept_from_being_raised_comes_with_the_next_start(m
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Watch, "look", killed)
         go(recipe, models, tmp_path)
-    assert (tmp_path / synthesis.PREVIEW).is_file()
+    assert (tmp_path / PREVIEW).is_file()
     assert not [row for row in read_journal(tmp_path / "metrics.jsonl") if row["event"] == "alarm"]
     assert "saturation" in [row["kind"] for row in alarms_in(go(recipe, models, tmp_path))]
 
@@ -224,7 +233,7 @@ def test_alarms_of_the_demo(overrides, expected, tmp_path):
     synthesize(recipe, progress=False)
     rows = read_journal(output / "metrics.jsonl")
     assert {row["kind"] for row in alarms_in(rows)} == expected
-    preview = json.loads((Path(output) / synthesis.PREVIEW).read_text())
+    preview = json.loads((Path(output) / PREVIEW).read_text())
     assert [layer["channels"] for layer in preview["layers"]] == [32, 32, 32, 64, 64, 64, 128, 128]
     assert preview["batchnorm"]["unguided"] > 20
     total = sum(sum(layer["guided"].values()) for layer in preview["layers"])

@@ -50,6 +50,7 @@ FACTORY = """
 from torch import nn
 def refusing(classes): raise ValueError("no such thing")
 def number(classes): return 5
+def broken(classes): raise RuntimeError("of my own")
 def plain(classes, size=28): return nn.Sequential(nn.Conv2d(1, 2, size), nn.Flatten(), nn.Linear(2, classes))
 def large(classes): return plain(classes, 64)
 """
@@ -185,6 +186,12 @@ CASES = [
         "no factory in the module", factory("nothing"), "student.architecture: my_networks has no function nothing", ()
     ),
     Case("factory that refuses", factory("refusing"), "student.options: ", ("no such thing",)),
+    Case(
+        "factory that fails",
+        factory("broken"),
+        "student.architecture: my_networks:broken",
+        ("RuntimeError: of my own",),
+    ),
     Case("factory of no network", factory("number"), "student.architecture: ", ("int", "torch.nn.Module")),
     Case("option that is none", given("student.options.depth=3"), "student.options.depth: unknown option", ("width",)),
     Case("option of another type", given("student.options.width=wide"), "student.options", ("wide",)),

@@ -268,7 +268,7 @@ DAMAGED = [
     ),
     Case(
         "converted below a file",
-        typed("convert", "{folder}/run", "{folder}/run/recipe.yaml/new"),
+        typed("convert", "{folder}/run", "/dev/null/new"),
         "{folder}/run/recipe.yaml/new",
         ("cannot be written",),
     ),
@@ -277,6 +277,18 @@ DAMAGED = [
         typed("convert", "{folder}/run", "{folder}/new", "--format", "gif"),
         "--format: got gif",
         ("png",),
+    ),
+    Case(
+        "converted into the shards",
+        typed("convert", "{folder}/run", "{folder}/run/synthetic/round-001"),
+        "{folder}/run/synthetic/round-001: lies in the folder of a run",
+        ("choose another",),
+    ),
+    Case(
+        "run's recipe gone",
+        damaged(lambda run: (run / "recipe.yaml").unlink()),
+        "output: {folder}/run holds a run whose recipe.yaml is gone",
+        ("another output",),
     ),
     Case(
         "converted to no one's size",
