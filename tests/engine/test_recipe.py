@@ -266,3 +266,9 @@ def test_exponents_are_numbers_in_files_and_within_overrides(tmp_path: Path) -> 
 def test_whole_numbers_serve_where_a_fraction_is_meant() -> None:
     recipe = load_recipe(MINIMAL, ["guidance.window=[0,1]", "guidance.class_weight=1", "teacher.std=[1]"])
     assert (recipe.guidance.window, recipe.guidance.class_weight, recipe.teacher.std) == ((0.0, 1.0), 1.0, [1.0])
+
+
+def test_a_digest_that_begins_like_a_number_stays_text() -> None:
+    from diffdfkd.engine.recipe_yaml import parse_yaml
+
+    assert parse_yaml("digest: 33e40acd77b7\nrate: 1e-3\n", "a.yaml") == {"digest": "33e40acd77b7", "rate": 0.001}
