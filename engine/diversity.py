@@ -17,7 +17,9 @@ EDGE = 16
 NEAR = 0.1
 """Distance below which two images are nearly the same; two thumbnails at it correlate at 0.995."""
 EXAMPLES = 12
-READ_AT_ONCE = 128
+READ_AT_ONCE = 32
+COMPARED_AT_ONCE = 128
+"""Rows of the matrix of distances: all of its rows would be the highest memory of a small run."""
 MEASURE = (
     f"L2 distance between {EDGE}x{EDGE} thumbnails, each less its mean and scaled to length 1: 0 for one image twice, "
     f"1.41 for unrelated ones, 2 for negatives; below {NEAR} two images count as near-duplicates"
@@ -55,18 +57,21 @@ def thumbnails(images: Tensor) -> Tensor:
 def compare(small: Tensor, labels: Tensor, n_classes: int) -> Diversity:
     """Of thumbnails [N, D] with labels [N] int64; those without a label count for near-duplicates alone."""
     lengths = small.square().sum(1)
-    distances = (lengths[:, None] + lengths - 2 * small @ small.T).clamp(min=0).sqrt_()  # [N, N]
+    to_class, closest = small.new_zeros(len(small)), small.new_zeros(len(small))
+    partner = torch.zeros(len(small), dtype=torch.int64)
+    for first in range(0, len(small), COMPARED_AT_ONCE):
+        rows = slice(first, first + COMPARED_AT_ONCE)
+        distances = (lengths[rows, None] + lengths - 2 * small[rows] @ small.T).clamp_(min=0).sqrt_()  # [R, N]
+        itself = distances.diagonal(first)
+        itself.fill_(0)  # as it is but for rounding
+        to_class[rows] = (distances * (labels[rows, None] == labels)).sum(1)
+        itself.fill_(torch.inf)
+        closest[rows], partner[rows] = distances.min(1)
     by_class: list[float | None] = []
     for label in range(n_classes):
-        members = (labels == label).nonzero().flatten()
-        pairs = len(members) * (len(members) - 1)
-        among = distances[members][:, members]
-        # The diagonal is 0 but for rounding, which has to go.
-        by_class.append((among.sum() - among.diagonal().sum()).item() / pairs if pairs else None)
-    if len(small) < 2:
-        return Diversity(by_class, [], 0)
-    distances.fill_diagonal_(torch.inf)
-    closest, partner = distances.min(1)
+        among = to_class[labels == label]
+        pairs = len(among) * (len(among) - 1)
+        by_class.append(among.sum().item() / pairs if pairs else None)
     near = (closest < NEAR).nonzero().flatten().tolist()
     pairs_found = {(min(i, j), max(i, j)): float(closest[i]) for i in near for j in [int(partner[i])]}
     twins = sorted(pairs_found, key=lambda pair: (pairs_found[pair], pair))
@@ -83,13 +88,16 @@ def measure_diversity(images: Images, n_classes: int, limit: int = 2000) -> dict
     """
     count = min(len(images), limit)
     indices = [index * len(images) // count for index in range(count)]
-    small, labels = [], []
+    small, labels = torch.zeros(0, 1), torch.zeros(count, dtype=torch.int64)
     for first in range(0, count, READ_AT_ONCE):
-        pixels, own = images.read(indices[first : first + READ_AT_ONCE])
-        small.append(thumbnails(pixels))
-        labels.append(own)
-    label = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64)
-    found = compare(torch.cat(small) if small else torch.zeros(0, 1), label, n_classes)
+        rows = slice(first, first + READ_AT_ONCE)
+        pixels, labels[rows] = images.read(indices[rows])
+        few = thumbnails(pixels)
+        # One place for all: small tensors kept between the large ones that come and go would scatter the heap.
+        if not len(small):
+            small = few.new_empty(count, few.shape[1])
+        small[rows] = few
+    found = compare(small, labels, n_classes)
     return {
         "intra_class_distance": {
             "mean": _round(found.mean),
@@ -101,7 +109,7 @@ def measure_diversity(images: Images, n_classes: int, limit: int = 2000) -> dict
             "examples": [[indices[i], indices[j]] for i, j in found.twins[:EXAMPLES]],
         },
         "images": count,
-        "unlabelled": int((label == UNLABELLED).sum()),
+        "unlabelled": int((labels == UNLABELLED).sum()),
         "measure": MEASURE,
     }
 

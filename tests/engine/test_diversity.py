@@ -1,10 +1,9 @@
 import json
-import time
 
 import pytest
 import torch
 
-from diffdfkd.engine.diversity import NEAR, compare, measure_diversity, thumbnails
+from diffdfkd.engine.diversity import COMPARED_AT_ONCE, compare, measure_diversity, thumbnails
 from diffdfkd.engine.tar_images import UNLABELLED
 
 
@@ -94,9 +93,15 @@ def test_a_spread_of_many_images_is_read_once_and_gives_json():
     assert found == json.loads(json.dumps(found)) == measure_diversity(Given(noise(500, size=8), source.labels), 5, 100)
 
 
-def test_two_thousand_thumbnails_are_compared_in_a_moment():
-    small = thumbnails(noise(2000, size=16))
-    started = time.perf_counter()
-    compare(small, torch.arange(2000) % 10, 10)
-    assert time.perf_counter() - started < 5  # a tenth of a second on a quiet machine
-    assert 0 < NEAR < 0.5
+@pytest.mark.parametrize("count", [COMPARED_AT_ONCE - 1, COMPARED_AT_ONCE, 3 * COMPARED_AT_ONCE + 5])
+def test_blocks_of_rows_say_what_the_whole_matrix_says(count):
+    small = thumbnails(noise(count, size=16)).double()
+    small[count - 1] = small[0]  # nearly: in another block
+    labels = torch.arange(count) % 4 - 1  # a quarter without a label
+    distances = (small[:, None] - small).norm(dim=2)
+    off_diagonal = ~torch.eye(count, dtype=torch.bool)
+    found = compare(small.float(), labels, 3)
+    for label in range(3):
+        among = (labels == label)[:, None] & (labels == label) & off_diagonal
+        assert found.by_class[label] == pytest.approx(distances[among].mean().item(), rel=1e-5)
+    assert (found.twins, found.doubled) == ([(0, count - 1)], 2)
