@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from diffdfkd.engine.augmentation import augment
 from diffdfkd.engine.batches import Batches, derive_seed
@@ -36,6 +35,7 @@ from diffdfkd.engine.journal import Journal
 from diffdfkd.engine.logits import Logits, Part, answers, folder_parts, keep_logits, to_float, uses_cache
 from diffdfkd.engine.losses import kd_loss
 from diffdfkd.engine.memory import fitting
+from diffdfkd.engine.progress import progress_bar
 from diffdfkd.engine.recipe import DistillationRecipe
 from diffdfkd.engine.shards import canonical_json
 
@@ -215,13 +215,7 @@ def _train(
     begin, start = time.perf_counter(), state.step
     generator = torch.Generator()
     total, counted = torch.zeros((), device=place.device), 0
-    bar = tqdm(
-        total=until * recipe.batch_size,
-        initial=start * recipe.batch_size,
-        desc="distillation",
-        unit=" images",
-        disable=None if progress and place.rank == 0 else True,
-    )
+    bar = progress_bar(until, "distillation", unit="steps", shown=progress and place.rank == 0, done=start)
     with bar:
         for step, (indices, pixels) in enumerate(batches.stream(start, until), start):
             rate = learning_rate(recipe, step)
@@ -254,7 +248,7 @@ def _train(
                 weights = state_digest(gathered_weights(engine)) if done == until else None
                 state = state.model_copy(update={"step": done, "weights": weights})
                 save(engine, folder, state, place)
-            bar.update(recipe.batch_size)
+            bar.update()
     return state, (until - start) * recipe.batch_size / (time.perf_counter() - begin)
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffdfkd.engine.classifier import Classifier
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.images import Images
 from diffdfkd.engine.memory import fitting
+from diffdfkd.engine.progress import progress_bar
 
 BINS = 15
 NORMAL_95 = 1.959963984540054
@@ -105,8 +105,9 @@ def evaluate(
     confidences, corrects = [], []
     agreed = 0
     teacher_right = torch.zeros(count, dtype=torch.int64)
+    bar = progress_bar(len(images), "evaluation", unit="images", shown=progress)
     try:
-        for start in tqdm(range(0, len(images), batch_size), "evaluating", unit="batch", disable=not progress):
+        for start in range(0, len(images), batch_size):
             pixels, labels = images.read(range(start, min(start + batch_size, len(images))))
             _check_labels(labels, start, count)
             with fitting("evaluation.batch_size", f"a batch of {len(labels):,} images", "give a smaller one"):
@@ -119,7 +120,9 @@ def evaluate(
             if judged is not None:
                 agreed += int((judged == predicted).sum())
                 teacher_right += torch.bincount(labels[judged == labels], minlength=count)
+            bar.update(len(labels))
     finally:
+        bar.close()
         student.train(training)
     table = confusion.view(count, count)
     totals = table.sum(1).tolist()

@@ -16,13 +16,13 @@ from pathlib import Path
 import safetensors
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffdfkd.engine.checkpoint import state_digest
 from diffdfkd.engine.classifier import Classifier
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.images import Images
 from diffdfkd.engine.journal import Journal
+from diffdfkd.engine.progress import progress_bar
 from diffdfkd.engine.recipe import DistillationRecipe
 from diffdfkd.engine.shards import canonical_json, write_atomic
 from diffdfkd.engine.weights import stable_safetensors
@@ -123,14 +123,9 @@ def keep_logits(
     started = time.perf_counter()
     digest = teacher_digest(teacher, dtype)
     firsts = [0, *accumulate(part.images for part in parts)]
-    bar = tqdm(
-        total=len(range(rank, len(parts), processes)),
-        desc="teacher's answers",
-        unit=" parts",
-        disable=None if progress and rank == 0 else True,
-    )
     made = 0
-    with bar:
+    shown = progress and rank == 0
+    with progress_bar(len(range(rank, len(parts), processes)), "teacher's answers", unit="files", shown=shown) as bar:
         for part, first in list(zip(parts, firsts, strict=False))[rank::processes]:
             made += _make_if_stale(teacher, images, part, first, digest, dtype, device, journal)
             bar.update()

@@ -38,6 +38,7 @@ from diffdfkd.engine.plan import (
     weights_digest,
 )
 from diffdfkd.engine.preview_file import read_preview
+from diffdfkd.engine.progress import progress_bar
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.engine.shards import DamagedShard, Sidecar
 from diffdfkd.engine.signs import Observation
@@ -101,12 +102,12 @@ def synthesize(
     made: list[Count] = []
     seconds = 0.0
     if missing:
-        bar = tqdm(
-            total=round_samples(recipe, round),
-            initial=sum(plan.samples for plan in plans if plan.index in existing),
-            desc=f"synthesis, round {round + 1} of {recipe.rounds}",
-            unit="img",
-            disable=not progress,
+        bar = progress_bar(
+            round_samples(recipe, round),
+            f"synthesis, round {round + 1} of {recipe.rounds}",
+            unit="images",
+            shown=progress,
+            done=sum(plan.samples for plan in plans if plan.index in existing),
         )
         started = time.perf_counter()
         with bar, Painter(recipe, models, round) as painter:

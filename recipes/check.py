@@ -87,10 +87,10 @@ def _draw(recipe: Recipe, models: "Models", progress: bool) -> tuple["Tensor", "
     The classes take turns, so that each batch has many.
     """
     import torch
-    from tqdm import tqdm
 
     from diffdfkd.engine.painter import Painter
     from diffdfkd.engine.plan import sample_ids
+    from diffdfkd.engine.progress import progress_bar
 
     # Resized by the teacher's preprocessing alone, so that other sizes can be tried.
     native = recipe.synthesis.model_copy(update={"size": max(models.prior.image_size)})
@@ -101,7 +101,8 @@ def _draw(recipe: Recipe, models: "Models", progress: bool) -> tuple["Tensor", "
     asked = drawn.repeat(max(1, IMAGES // len(drawn)))
     images, alive = [], []
     batches = asked.split(recipe.synthesis.batch_size)
-    with Painter(recipe, models, 0) as painter, tqdm(total=len(asked), unit="img", disable=not progress) as bar:
+    bar = progress_bar(len(asked), "unguided images", unit="images", shown=progress)
+    with bar, Painter(recipe, models, 0) as painter:
         for batch, ids in zip(batches, sample_ids(0, 0, len(asked)).split(recipe.synthesis.batch_size), strict=True):
             painting = painter.paint(ids, batch, mixed=False)
             images.append(painting.images)

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 import typer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from diffdfkd.engine.architectures import small_cnn
 from diffdfkd.engine.classifier import Classifier, Preprocessing
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.idx import read_bytes, read_idx
+from diffdfkd.engine.progress import progress_bar
 from diffdfkd.engine.shards import write_atomic
 from diffdfkd.engine.weights import digest, save_classifier
 from diffdfkd.recipes.command import run_command
@@ -157,7 +157,7 @@ def train(
         return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    progress = tqdm(total=steps, unit="step", mininterval=5)
+    bar = progress_bar(steps, "teacher", unit="steps", shown=True)
     for _ in range(epochs):
         order = torch.randperm(len(images), generator=generator)
         for step in range(steps_per_epoch):
@@ -170,9 +170,9 @@ def train(
             loss.backward()
             optimizer.step()
             schedule.step()
-            progress.update()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
-    progress.close()
+            bar.update()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    bar.close()
     return model.eval()
 
 

@@ -268,7 +268,7 @@ def test_report_is_written_again(call: Call, finished_run: Finished) -> None:
 
 
 def test_fresh_process_prints_no_noise(tiny_recipe: Path, tmp_path: Path) -> None:
-    """Other packages' banners and warnings stay out of both streams; what remains on stderr are our bars."""
+    """Other packages' banners and warnings stay out of both streams; what remains on stderr is our progress, in lines."""
     overrides = ["rounds=1", "guidance.adversarial_weight=0", "synthesis.images_per_class=1", "distillation.steps=2"]
     done = subprocess.run(
         [sys.executable, "-m", "diffdfkd.recipes.cli", "run", tiny_recipe, f"output={tmp_path / 'run'}", *overrides],
@@ -277,6 +277,8 @@ def test_fresh_process_prints_no_noise(tiny_recipe: Path, tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["student", "teacher", "images", "time", "report"]
-    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
-    bars = ("synthesis", "distillation", "evaluating")
-    assert [line for line in lines if not line.startswith(bars)] == []
+    assert "\r" not in done.stderr
+    begun = ("synthesis, round 1 of 1: ", "distillation: ", "evaluation: ")
+    lines = done.stderr.splitlines()
+    assert all(any(line.startswith(stage) for line in lines) for stage in begun)
+    assert [line for line in lines if not line.startswith(begun)] == []
