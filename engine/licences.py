@@ -1,5 +1,6 @@
 """What the licences of prior, LoRAs and teacher say together about the student; where one is silent, so are we."""
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from diffdfkd.engine.recipe import Recipe, load_recipe
 
 NOT_STATED = "not stated"
 TEST_IMAGES = "test images"
+IMAGES_FILE = "image-licences.json"
+"""In a folder that `diffdfkd convert` made: what `image_licences` says of the shards that it was made from."""
 PERMISSIVE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "cc0-1.0", "unlicense", "cc-by-4.0"}
 """Licences, in small letters, that restrict no use, so that an OpenRAIL beside them is the one that binds."""
 
@@ -38,8 +41,11 @@ def image_licences(path: Path) -> dict[str, str | None]:
     """What is stated of the images in a folder or tar: of shards, the licence of the prior that made them.
 
     It stands in the sidecar beside each tar; the run's ``recipe.yaml``, where the shards still lie in its folder, adds
-    what was stated later, and the LoRAs. Raises UserError for a sidecar that is not whole: what it said may bind.
+    what was stated later, and the LoRAs; a folder of plain images says it in a file of its own. Raises UserError for a
+    sidecar or such a file that is not whole: what it said may bind.
     """
+    if (path / IMAGES_FILE).is_file():
+        return _written(path / IMAGES_FILE)
     from diffdfkd.engine.file_images import source_files
     from diffdfkd.engine.shards import SIDECAR, DamagedShard, read_sidecar
 
@@ -72,6 +78,20 @@ def image_licences(path: Path) -> dict[str, str | None]:
         for number, licence in enumerate(sorted(several, key=str), 1):
             stated[f"{name}, part {number}" if numbered else name] = licence
     return dict(sorted(stated.items(), key=lambda item: (not item[0].startswith("images"), item[0])))
+
+
+def _written(file: Path) -> dict[str, str | None]:
+    """Content of ``image-licences.json``."""
+    try:
+        stated = json.loads(file.read_bytes())
+    except ValueError:
+        stated = None
+    if not isinstance(stated, dict) or not all(isinstance(text, str | None) for text in stated.values()):
+        raise UserError(
+            f"{file}: damaged, and with it the licence of the images beside it; convert the shards again, or write an "
+            'object such as {"images": "CC0-1.0"}'
+        )
+    return stated
 
 
 def _maker(root: Path) -> Recipe | None:

@@ -46,9 +46,12 @@ def convert(source: Path, folder: Path, *, format: str = "png", size: int | None
     """Write the images of a run, of a folder of shards or of a tar into a new folder, one sub-folder a class.
 
     Images that have the format and the size already are copied byte by byte. ``labels.csv`` lists all with class and
-    soft label. Everything is checked before the folder appears; returns what was done in a sentence. Raises UserError
-    for a shard that is damaged, an image without a class, and a folder that holds something.
+    soft label, ``image-licences.json`` says what is stated of them. Everything is checked before the folder appears;
+    returns what was done in a sentence. Raises UserError for a shard that is damaged, an image without a class, and a
+    folder that holds something.
     """
+    from diffdfkd.engine.licences import IMAGES_FILE, image_licences
+
     if format not in SUFFIXES:
         raise UserError(f"--format: got {format}; allowed: {', '.join(SUFFIXES)}")
     if size is not None and not 1 <= size <= MOST_PIXELS:
@@ -56,12 +59,14 @@ def convert(source: Path, folder: Path, *, format: str = "png", size: int | None
     if (run := run_of(folder)) is not None:
         raise UserError(f"{folder}: lies in the folder of a run ({run}), where only the run writes; choose another")
     tars = _tars(source)
+    licences = image_licences(source / "synthetic" if (source / "synthetic").is_dir() else source)
     classes = _classes(tars)
     folders = folder_names(classes)
     images = soft = 0
     with _new_folder(folder) as new:
         for name in folders.values():
             (new / name).mkdir()
+        (new / IMAGES_FILE).write_text(json.dumps(licences, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         with open(new / LABELS, "x", encoding="utf-8", newline="") as stream:
             table = csv.writer(stream, lineterminator="\n")
             table.writerow(["file", "key", "class", "class_name", "soft_label"])
@@ -76,7 +81,7 @@ def convert(source: Path, folder: Path, *, format: str = "png", size: int | None
                 soft += entry.soft_label is not None
     note = f"; {soft} soft labels stand in {LABELS} alone, which folders cannot express" if soft else ""
     kinds = f"{len(folders)} folder{'s' if len(folders) > 1 else ''}"
-    return f"wrote {images} image{'s' if images > 1 else ''} in {kinds}, and {LABELS}, to {folder}{note}"
+    return f"wrote {images} image{'s' if images > 1 else ''} in {kinds}, {LABELS} and {IMAGES_FILE} to {folder}{note}"
 
 
 def folder_names(classes: Mapping[Label, str]) -> dict[Label, str]:

@@ -268,7 +268,7 @@ def test_report_is_written_again(call: Call, finished_run: Finished) -> None:
 
 
 def test_fresh_process_prints_no_noise(tiny_recipe: Path, tmp_path: Path) -> None:
-    """Other packages' banners and warnings stay out of both streams; what remains on stderr is our progress, in lines."""
+    """Other packages' banners and warnings stay out of both streams; on stderr stands our progress, in lines."""
     overrides = ["rounds=1", "guidance.adversarial_weight=0", "synthesis.images_per_class=1", "distillation.steps=2"]
     done = subprocess.run(
         [sys.executable, "-m", "diffdfkd.recipes.cli", "run", tiny_recipe, f"output={tmp_path / 'run'}", *overrides],

@@ -16,6 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.images import open_images
+from diffdfkd.engine.licences import image_licences
 from diffdfkd.engine.shards import Sample, round_folder, write_shard
 from diffdfkd.recipes.convert import convert, folder_names
 
@@ -66,7 +67,7 @@ def by_pixels(images: Any) -> list[tuple[bytes, int]]:
 def test_the_same_pixels_and_labels_come_back(tmp_path: Path, classes: list[str]) -> None:
     run = write_run(tmp_path / "run", classes)
     said = convert(run, tmp_path / "new" / "images", format="png", size=None)
-    assert said == f"wrote 12 images in 4 folders, and labels.csv, to {tmp_path / 'new' / 'images'}"
+    assert said == f"wrote 12 images in 4 folders, labels.csv and image-licences.json to {tmp_path / 'new' / 'images'}"
     folder = tmp_path / "new" / "images"
     theirs = by_pixels(open_images(run / "synthetic", classes=classes))
     assert by_pixels(open_images(folder, classes=classes)) == theirs
@@ -82,6 +83,19 @@ def test_the_same_pixels_and_labels_come_back(tmp_path: Path, classes: list[str]
         assert row["class_name"] == classes[int(row["class"])]
         assert Path(path).read_bytes() in {image(number) for number in range(int(row["class"]), 12, 4)}
         assert torchvisions.classes[index] == folder_names(dict(enumerate(classes)))[int(row["class"])]
+
+
+def test_licences_go_with_the_images(tmp_path: Path) -> None:
+    tars = tmp_path / "tars"
+    for shard, licence in enumerate(["openrail", None]):
+        sample = Sample("000", image(shard), {"class": 0, "class_name": "Bag"})
+        write_shard(tars, shard, [sample], round=0, digest="d", choices={}, licence=licence)
+    convert(tars, tmp_path / "images")
+    stated = image_licences(tmp_path / "images")
+    assert stated == image_licences(tars) and set(stated.values()) == {"openrail", None}
+    (tmp_path / "images" / "image-licences.json").write_text('{"images": 3}')
+    with pytest.raises(UserError, match=r"images/image-licences\.json: damaged, .*convert the shards again"):
+        image_licences(tmp_path / "images")
 
 
 def test_names_of_folders() -> None:
@@ -144,6 +158,7 @@ def test_a_strangers_tar_writes_nothing_outside(tmp_path: Path) -> None:
     assert files == [
         "hostile.tar",
         *sorted(f"{folder}/{name}.png" for name in ("00000-a", "00000-a-2", "a", "a_b")),
+        "in/images/image-licences.json",
         "in/images/labels.csv",
     ]
 
