@@ -7,7 +7,73 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from diffdfkd.engine.errors import UserError
+
+Losses = dict[str, dict[str, float | None] | None]
+
+
+class _Event(BaseModel):
+    """What is read of an event; what else stands in its line is not looked at."""
+
+    model_config = ConfigDict(strict=True)
+
+    event: str
+    time: float
+    digest: str | None = None
+    peak_memory_mib: float | None = None
+
+
+class _Session(_Event):
+    seconds_before: float = 0
+
+
+class _Shard(_Event):
+    round: int
+    shard: int
+    images: int
+    seconds: float
+    losses: Losses | None = None
+    signs: dict[str, float | None] | None = None
+
+
+class _Stage(_Event):
+    stage: str
+    seconds: float
+
+
+class _Distillation(_Event):
+    seconds: float
+    start_step: int = 0
+    steps: int = 1
+    images: int | None = None
+    loss: float | None = None
+    holdout_agreement: float | None = None
+
+
+class _Scalar(_Event):
+    name: str
+    value: float | None
+    step: int
+
+
+class _Alarm(_Event):
+    kind: str
+    message: str
+    round: int | None = None
+    shard: int | None = None
+
+
+EVENTS: dict[str, type[_Event]] = {
+    "session": _Session,
+    "shard": _Shard,
+    "stage": _Stage,
+    "distillation": _Distillation,
+    "scalar": _Scalar,
+    "alarm": _Alarm,
+}
+"""Events of which more than their time is read."""
 
 
 class Journal:
@@ -63,11 +129,15 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 def _event(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         event = json.loads(line)
-    except ValueError:
-        event = None
-    if not isinstance(event, dict) or "event" not in event:
-        raise UserError(f"{path}: line {number} is damaged; take the line out, and give the command again")
-    return event
+        kind = event.get("event") if isinstance(event, dict) else None
+        EVENTS.get(kind if isinstance(kind, str) else "", _Event).model_validate(event)
+    except (ValueError, RecursionError) as error:
+        place = error.errors()[0]["loc"] if isinstance(error, ValidationError) else ()
+        field = f" ({place[0]})" if place else ""
+        raise UserError(
+            f"{path}: line {number} is damaged{field}; take the line out, and give the command again"
+        ) from None
+    return dict(event)
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -90,7 +90,7 @@ def test_each_kind_is_raised_once_to_terminal_and_journal(tmp_path, caplog):
 
 def test_a_run_that_continues_neither_repeats_nor_loses_an_alarm(tmp_path, caplog):
     burnt, path = replace(GUIDED, latents=50.0), tmp_path / "metrics.jsonl"
-    noted = {"round": 0, "shard": 4, "losses": LOSSES}
+    noted = {"round": 0, "shard": 4, "images": 20, "seconds": 1.0, "losses": LOSSES}
     with Journal(path) as journal:
         Watch(GUIDANCE, journal, "d", UNGUIDED).look(replace(GUIDED, distance=0.1), round=0, shard=0)
         # Killed between noting the shard and raising its alarm; beside it what another recipe left.
