@@ -23,14 +23,16 @@ def dry_run(recipe: Recipe) -> tuple[str, bool]:
     items = list(take_stock(recipe))
     device, problem = _machine(recipe)
     if problem:
-        items.append(Item("device", None, problem))
+        items.append(Item("device", None, problem, verdict="REFUSED"))
+    disk, fits = _disk(recipe)
+    lines = [*_about(recipe), *_stock(items), *_plan(recipe, device), _entry("disk", disk), ""]
     missing = [item for item in items if item.found is None]
-    lines = [*_about(recipe), *_stock(items), *_plan(recipe, device), ""]
-    if missing:
-        names = ", ".join(item.name for item in missing)
-        lines.append(_entry("MISSING", f"{names}; nothing was made or fetched"))
-    else:
-        lines.append(_entry("ready", "nothing is missing; the same command without --dry-run starts the run"))
+    for verdict in dict.fromkeys(item.verdict for item in missing):
+        names = ", ".join(item.name for item in missing if item.verdict == verdict)
+        lines.append(_entry(verdict, f"{names}; nothing was made or fetched"))
+    if not missing:
+        doubt = "" if fits else ", but the disk may be too small"
+        lines.append(_entry("ready", f"nothing is missing{doubt}; the same command without --dry-run starts the run"))
     return "\n".join(lines), not missing
 
 
@@ -44,7 +46,7 @@ def _about(recipe: Recipe) -> Iterator[str]:
 
 def _stock(items: list[Item]) -> Iterator[str]:
     for item in items:
-        yield _entry(item.name, item.found if item.found is not None else f"MISSING: {item.missing}")
+        yield _entry(item.name, item.found if item.found is not None else f"{item.verdict}: {item.missing}")
         if item.command is not None:
             # Never wrapped, since it is there to be copied.
             yield f"{'':20}{item.command}"
@@ -80,6 +82,7 @@ def _plan(recipe: Recipe, device: str) -> Iterator[str]:
         f"{_many(recipe.rounds, 'round')}, {_many(len(shards), 'shard')}, {_many(batches, 'batch')} of at most "
         f"{synthesis.batch_size}",
     )
+    yield _entry("prompts", _prompts(recipe))
     yield _entry("UNet", _unet(recipe, images))
     yield _entry("guidance", _guidance(recipe, images))
     epochs = distillation.steps * distillation.batch_size / images
@@ -90,7 +93,17 @@ def _plan(recipe: Recipe, device: str) -> Iterator[str]:
         f"{distillation.optimizer}, learning rate {distillation.learning_rate:g}, temperature "
         f"{distillation.temperature:g}; the teacher's answers are {'kept' if cached else 'computed'}: {reason}",
     )
-    yield _entry("disk", _disk(recipe, images, len(shards)))
+
+
+def _prompts(recipe: Recipe) -> str:
+    """Of the first class and how many there are: whether words and prompt read well is seen at a glance."""
+    from diffdfkd.engine.painter import class_prompts
+
+    prompts = class_prompts(recipe)
+    others = len(set(prompts)) - 1
+    if not others:
+        return f'"{prompts[0]}" for all {len(prompts):,} classes, which guidance alone tells apart'
+    return f'"{prompts[0]}" for {recipe.teacher.classes[0]}, and {others:,} other{"s" if others > 1 else ""}'
 
 
 def _unet(recipe: Recipe, images: int) -> str:
@@ -129,18 +142,24 @@ def _guidance(recipe: Recipe, images: int) -> str:
     }
     terms = ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight > 0)
     mix = recipe.cutmix
-    mixed = f"; latent CutMix after each {mix.every}. step ({mix.partner})" if mix.every else ""
+    mixed = f"; latent CutMix every {_many(mix.every, 'step')} ({mix.partner})" if mix.every else ""
     return (
         f"{guidance.mode}, {guided} of {steps} steps, each a gradient through decoder and teacher: "
         f"{guided * images:,} in all; {terms}; rho {guidance.rho:g} {guidance.rho_rule}{mixed}"
     )
 
 
-def _disk(recipe: Recipe, images: int, shards: int) -> str:
-    """Files and, from above, bytes: raw pixels for an image, two tar headers and its record beside it."""
+def _disk(recipe: Recipe) -> tuple[str, bool]:
+    """(Files and, from above, bytes, in words; whether they fit).
+
+    An image counts as its raw pixels, two tar headers and its record.
+    """
     from diffdfkd.engine.logits import uses_cache
     from diffdfkd.engine.painter import saved_size
+    from diffdfkd.engine.plan import shard_plan
 
+    images = sum(round_samples(recipe, round) for round in range(recipe.rounds))
+    shards = sum(len(shard_plan(recipe, round)) for round in range(recipe.rounds))
     pixels = saved_size(recipe) ** 2 * recipe.teacher.channels
     kept, _ = uses_cache(recipe.distillation, images)
     answers = images * len(recipe.teacher.classes) * 4 if kept else 0
@@ -154,11 +173,12 @@ def _disk(recipe: Recipe, images: int, shards: int) -> str:
     there = next(place for place in (folder, *folder.parents) if place.exists())
     status = os.statvfs(there)
     free = status.f_bavail * status.f_frsize
-    short = "" if free > total else ", which is TOO LITTLE"
-    return (
+    short = "" if free > total else ", which may be TOO LITTLE"
+    text = (
         f"at most about {_size(synthetic)} of images in {shards:,} .tar and {shards:,} .json, {_size(training)} of "
         f"students and checkpoints, and a few MB of report and curves; {_size(free)} free{short}"
     )
+    return text, free > total
 
 
 def _many(count: int, word: str) -> str:

@@ -25,9 +25,11 @@ class Item:
     found: str | None
     """What there is; None where it is missing."""
     missing: str = ""
-    """What is missing, and where to get it."""
+    """What is missing, and where to get it; or what stands in the way."""
     command: str | None = None
     """Command that fetches it, to be copied."""
+    verdict: str = "MISSING"
+    """Of one that is not found: ``REFUSED`` where nothing is to be got, and the recipe to be changed."""
 
 
 def take_stock(recipe: Recipe) -> Iterator[Item]:
@@ -153,12 +155,12 @@ def _output(recipe: Recipe) -> Item:
     folder = Path(recipe.output)
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return Item("output", None, f"{folder} cannot be written; choose another folder")
+        return Item("output", None, f"{folder} cannot be written; choose another folder", verdict="REFUSED")
     try:
         if holds_run(recipe):
             return Item("output", f"{folder} holds a run of this recipe, which the command continues")
     except UserError as error:
-        return Item("output", None, str(error))
+        return Item("output", None, str(error), verdict="REFUSED")
     return Item("output", f"{folder}, {'empty or of something else' if folder.is_dir() else 'to be made'}")
 
 

@@ -1,5 +1,6 @@
 """``diffdfkd run --dry-run``: its counts are those of a run, what is missing is named, and nothing is made."""
 
+import os
 import re
 import shutil
 import socket
@@ -61,6 +62,26 @@ def test_of_a_complete_recipe_everything_is_found(plan: Plan) -> None:
     assert "32 labelled images" in text
     assert "32 of 4 classes, 8 each, in 2 rounds, 8 shards, 8 batches of at most 4" in text
     assert "100 steps of 8, 25.0 times through all images" in text
+    assert text.endswith("ready nothing is missing; the same command without --dry-run starts the run")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("synthesis.prompt=a photo of a {}", 'prompts "a photo of a red" for a, and 3 others UNet'),
+        ("synthesis.prompt=a photo.", 'prompts "a photo." for all 4 classes, which guidance alone'),
+    ],
+)
+def test_a_prompt_is_shown_as_the_prior_reads_it(plan: Plan, override: str, words: str) -> None:
+    assert words in plan(override, "teacher.classes=[a,b,c,d]", "synthesis.words=[red,green,blue,grey]")[0]
+
+
+def test_a_disk_that_may_be_too_small_is_said_twice(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = os.statvfs_result((4096, 4096, 1000, 1, 1, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    text, complete = plan()
+    assert complete and "4.1 kB free, which may be TOO LITTLE" in text
+    assert "ready nothing is missing, but the disk may be too small; " in text
 
 
 @pytest.mark.parametrize("mode", ["none", "clean", "reuse", "exact"])
@@ -163,7 +184,7 @@ def test_folder_of_another_recipe_is_not_ready(plan: Plan, finished_run: Finishe
     # Also where the digests cannot be compared, since a file is missing.
     for more in ((), ("teacher.weights=no.pth",)):
         text, complete = plan(f"output={folder}", "seed=5", *more)
-        assert not complete and f"output MISSING: seed: {folder} holds a run with seed=0, now it is 5" in text
+        assert not complete and f"output REFUSED: seed: {folder} holds a run with seed=0, now it is 5" in text
     (folder / "recipe.yaml").write_text("a: [")
     text, complete = plan(f"output={folder}")
     assert not complete and "recipe.yaml is no longer YAML" in text
@@ -171,10 +192,14 @@ def test_folder_of_another_recipe_is_not_ready(plan: Plan, finished_run: Finishe
     assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path.name != "recipe.yaml")
 
 
-def test_a_gpu_that_is_asked_for_and_not_there_is_missing(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_asked_for_and_not_there_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text, complete = plan("device=cuda")
-    assert not complete and "device MISSING: device: cuda is asked for" in text
+    assert not complete and "device REFUSED: device: cuda is asked for" in text
+    text, _ = plan("device=cuda", "student.weights=no.pth")
+    assert text.endswith(
+        "MISSING student.weights; nothing was made or fetched REFUSED device; nothing was made or fetched"
+    )
 
 
 def test_the_exit_code_tells_a_script(
