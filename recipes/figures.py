@@ -60,6 +60,8 @@ def finish(
                 device=recipe.device,
                 progress=progress,
             )
+        if (doubt := no_better_than_chance(evaluation, len(recipe.teacher.classes))) is not None:
+            log.warning("%s", doubt)
     diversity = None
     if folder.images is None:
         with stage(journal, "diversity", recipe):
@@ -75,6 +77,20 @@ def finish(
     write_result(folder.result, result)
     write_report(folder.path)
     return result
+
+
+def no_better_than_chance(evaluation: "Evaluation", classes: int) -> str | None:
+    """A word about a teacher that may be guessing, as far as the test images can tell; None about any other."""
+    from diffdfkd.engine.evaluation import wilson_interval
+
+    accuracy, count = evaluation.teacher_accuracy, evaluation.images
+    if accuracy is None or wilson_interval(round(accuracy * count), count)[0] > 1 / classes:
+        return None
+    return (
+        f"evaluation.images: the teacher is right on {accuracy:.1%} of {count:,} images, no better than a guess among "
+        f"{classes} classes, and the student learns from it: do teacher.classes stand in the order of its outputs, are "
+        "mean, std and size its own, and are the labels right? `diffdfkd check` looks into the first two"
+    )
 
 
 def load_student(weights: Path, recipe: Recipe) -> "Classifier":

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from diffdfkd.engine.report import write_report
 from diffdfkd.engine.weights import digest
 from diffdfkd.recipes.distill import distill, foreign_images
 from diffdfkd.recipes.evaluate import evaluate
+from diffdfkd.recipes.figures import no_better_than_chance
 from diffdfkd.recipes.run import run
 from diffdfkd.recipes.run_folder import claim
 from diffdfkd.recipes.synthesize import synthesize
@@ -210,6 +212,24 @@ def test_killed_at_ten_random_moments(tmp_path: Path, tiny_recipe: Path, finishe
         kills += 1
     # Not all of them fell into the imports.
     assert {"shard", "distill"} <= reached, reached
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "images", "classes", "said"),
+    [
+        (0.1, 10_000, 10, True),
+        (0.0, 50, 10, True),  # as of two class orders that have nothing in common
+        (0.4, 20, 4, True),  # which 20 images cannot tell from a quarter
+        (0.12, 10_000, 10, False),
+        (0.6, 32, 4, False),
+        (None, 32, 4, False),
+    ],
+)
+def test_a_teacher_that_guesses_is_named(accuracy: float | None, images: int, classes: int, said: bool) -> None:
+    evaluation: Any = SimpleNamespace(teacher_accuracy=accuracy, images=images)
+    doubt = no_better_than_chance(evaluation, classes)
+    assert (doubt is not None) == said
+    assert doubt is None or f"a guess among {classes} classes" in doubt
 
 
 @pytest.mark.slow
