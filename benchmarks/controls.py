@@ -35,9 +35,9 @@ from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
 from diffdfkd.engine.shards import round_folder, shard_path, write_atomic
 from diffdfkd.recipes.command import complain
 from diffdfkd.recipes.figures import load_student, stage
+from diffdfkd.recipes.launch import settle_machine
 from diffdfkd.recipes.render_icons import Glyphs, augment, load_glyphs
 from diffdfkd.recipes.run import load_classifiers, open_test, run, use_device
-from diffdfkd.recipes.run_folder import settle_machine
 from diffdfkd.recipes.train_teacher import fashion_split, training_files
 
 RESULTS = Path(__file__).parent / "results"

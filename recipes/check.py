@@ -40,8 +40,8 @@ def check(recipe: Recipe, *, json_file: Path | None = None, progress: bool = Tru
     from diffdfkd.engine.painter import Models
     from diffdfkd.engine.sanity import hypotheses, judge, read
     from diffdfkd.recipes.check_findings import findings
+    from diffdfkd.recipes.launch import refuse_launch, settle_machine
     from diffdfkd.recipes.run import load_prior_for, use_device
-    from diffdfkd.recipes.run_folder import refuse_launch, settle_machine
 
     refuse_launch("check")
     refuse_json(json_file)

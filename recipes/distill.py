@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from diffdfkd.engine.errors import UserError, naming
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.recipes.figures import finish, finished, stage
+from diffdfkd.recipes.launch import rank
 from diffdfkd.recipes.run import load_classifiers, save_student, session, shard_images, shard_parts, use_device
-from diffdfkd.recipes.run_folder import RunFolder, claim, rank
+from diffdfkd.recipes.run_folder import RunFolder, claim
 
 if TYPE_CHECKING:
     from diffdfkd.engine.images import Images

@@ -55,7 +55,7 @@ def _stock(items: list[Item]) -> Iterator[str]:
 
 def _machine(recipe: Recipe) -> tuple[str, str | None]:
     """The device and threads that a run would take, in words, and what keeps it from doing so."""
-    from diffdfkd.recipes.run_folder import settle_machine
+    from diffdfkd.recipes.launch import settle_machine
 
     try:
         settled = settle_machine(recipe)

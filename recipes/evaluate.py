@@ -32,8 +32,8 @@ def evaluate(
     from diffdfkd.engine.evaluation import evaluate as judge
     from diffdfkd.engine.shards import write_atomic
     from diffdfkd.recipes.figures import load_student
+    from diffdfkd.recipes.launch import settle_machine
     from diffdfkd.recipes.run import open_test, use_device
-    from diffdfkd.recipes.run_folder import settle_machine
 
     refuse_json(json_file)
     if images is not None or labels is not None:

@@ -21,7 +21,8 @@ from diffdfkd.recipes.export import (
     write_card,
     write_result,
 )
-from diffdfkd.recipes.run_folder import RunFolder, rank, versions
+from diffdfkd.recipes.launch import rank
+from diffdfkd.recipes.run_folder import RunFolder, versions
 
 if TYPE_CHECKING:
     from diffdfkd.engine.classifier import Classifier

@@ -36,8 +36,8 @@ def preview(recipe: Recipe, to: Path | None = None) -> str:
     from diffdfkd.engine.shards import write_atomic
     from diffdfkd.engine.synthesis import preview_signs
     from diffdfkd.recipes.contact_sheet import contact_sheet
+    from diffdfkd.recipes.launch import refuse_launch, settle_machine
     from diffdfkd.recipes.run import load_prior_for, use_device
-    from diffdfkd.recipes.run_folder import refuse_launch, settle_machine
 
     refuse_launch("preview")
     folder = _folder(recipe, to)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from diffdfkd.engine.errors import UserError, naming
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.recipes.figures import finish, finished, load_student, stage
-from diffdfkd.recipes.run_folder import RunFolder, claim, launched, machine_threads, refuse_launch, versions
+from diffdfkd.recipes.launch import launched, machine_threads, refuse_launch
+from diffdfkd.recipes.run_folder import RunFolder, claim, versions
 
 if TYPE_CHECKING:
     from diffdfkd.engine.classifier import Classifier

@@ -1,9 +1,7 @@
 """A run's folder: one process at a time, one recipe for good, settled on first use and frozen into ``recipe.yaml``."""
 
-import json
 import logging
 import os
-import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,19 +13,15 @@ from typing import Any
 import yaml
 
 from diffdfkd.engine.errors import FILE_AT_FAULT, UserError
-from diffdfkd.engine.recipe import LoraRecipe, Recipe, dump_recipe, load_recipe
+from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
 from diffdfkd.engine.recipe_file import repeating_command
 from diffdfkd.engine.run_recipe import frozen_fault
+from diffdfkd.recipes.launch import rank, settle_machine
+from diffdfkd.recipes.same_recipe import file_digests, refuse_other, training
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "diffusers", "transformers", "deepspeed", "triton", "diffdfkd")
-MAY_DIFFER = (
-    *("output", "evaluation.images", "evaluation.labels", "evaluation.batch_size", "evaluation.licence"),
-    *("prior.licence", "teacher.licence", "teacher.metadata"),
-)
-BY_CONTENT = {"prior.path": "prior", "teacher.weights": "teacher", "student.weights": "student"}
-"""Paths that may differ as long as what lies there has the digest that was frozen."""
 
 
 @dataclass(frozen=True)
@@ -164,32 +158,6 @@ def holds_run(recipe: Recipe) -> bool:
     return True
 
 
-def settle_machine(recipe: Recipe, before: Recipe | None = None) -> Recipe:
-    """The recipe with device and threads chosen: as the run began, if it has, or else by what there is."""
-    device = recipe.device if recipe.device != "auto" else before.device if before else _device()
-    _check_device(device)
-    threads = recipe.threads or (before.threads if before else None) or machine_threads()
-    return recipe.model_copy(update={"device": device, "threads": threads})
-
-
-def rank() -> int:
-    """Of this process among those of a torchrun or DeepSpeed launch."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def launched() -> bool:
-    """Whether this is one of several processes of a torchrun or DeepSpeed launch."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def refuse_launch(command: str) -> None:
-    """UserError where several processes were launched, of which each would make all images."""
-    if launched():
-        raise UserError(
-            f"{command}: synthesis is one process; launch `diffdfkd distill` alone with torchrun, not {command}"
-        )
-
-
 def versions() -> dict[str, str | None]:
     """Of Python and the packages that a result depends on; None for one that is not installed."""
     import platform
@@ -209,36 +177,6 @@ def _compared(began: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any
     if changed:
         log.warning("the run began with %s: what is made now may differ in the last bit", "; ".join(changed))
     return dict(began)
-
-
-def file_digests(recipe: Recipe, *, prior: bool) -> dict[str, str]:
-    """SHA-256 of the files that the recipe names; a hub id stands for itself with its commit."""
-    from diffdfkd.engine.weights import digest
-
-    found = {}
-    if prior:
-        path = recipe.prior.path
-        found["prior"] = digest(path) if Path(path).is_dir() else f"{path}@{recipe.prior.revision}"
-        for index, lora in enumerate(recipe.prior.loras):
-            found[f"lora {index}"] = _lora_digest(lora, f"prior.loras.{index}")
-    for field in ("teacher", "student"):
-        weights = getattr(recipe, field).weights
-        if weights is None:
-            continue
-        if not Path(weights).is_file():
-            raise UserError(f"{field}.weights: {weights}: no such file; name the file with the {field}'s state dict")
-        found[field] = digest(weights)
-    return found
-
-
-def _lora_digest(lora: LoraRecipe, field: str) -> str:
-    from diffdfkd.engine.lora import find_lora
-    from diffdfkd.engine.prior_files import is_commit
-    from diffdfkd.engine.weights import digest
-
-    if not Path(lora.path).exists() and is_commit(lora.revision):
-        return f"{lora.path}@{lora.revision}" + (f"/{lora.file}" if lora.file else "")
-    return digest(find_lora(lora, field))
 
 
 def _locked(descriptor: int) -> bool:
@@ -275,66 +213,10 @@ def _settle(recipe: Recipe, folder: Path, images: Path | None, digests: Mapping[
                 f"output: {folder} holds a student of {theirs}, this one is to learn from "
                 f"{source or 'synthetic images of its own'}; choose another output folder"
             )
-        _refuse_other(before, settled, frozen.get("digests", {}), digests, folder, source)
+        refuse_other(before, settled, frozen.get("digests", {}), digests, folder, source)
         grown = source is None and settled.synthesis.images_per_class > before.synthesis.images_per_class
-        mended = _training(settled) != _training(before)
+        mended = training(settled) != training(before)
     return RunFolder(settled, folder, digests, source, grown, mended)
-
-
-def _training(recipe: Recipe) -> dict[str, Any]:
-    """The fields on which the course of training depends."""
-    return recipe.distillation.model_dump(exclude={"checkpoint_every"})
-
-
-def _refuse_other(
-    before: Recipe,
-    now: Recipe,
-    frozen: Mapping[str, str],
-    digests: Mapping[str, str],
-    folder: Path,
-    source: str | None,
-) -> None:
-    """UserError that names the first field in which the folder's recipe differs from this one."""
-    theirs, ours = dict(_flat(dump_recipe(before))), dict(_flat(dump_recipe(now)))
-    places = {name: (path, ours.get(path)) for path, name in BY_CONTENT.items()}
-    places |= {f"lora {i}": (f"prior.loras.{i}.path", lora.path) for i, lora in enumerate(now.prior.loras)}
-    for name, (path, place) in places.items():
-        if name in frozen and name in digests and frozen[name] != digests[name]:
-            raise UserError(
-                f"{path}: the files at {place} are not those that the run in {folder} began with "
-                f"(SHA-256 {digests[name][:12]}, was {frozen[name][:12]}); choose another output folder"
-            )
-    for field in [*ours, *(field for field in theirs if field not in ours)]:
-        was: Any = theirs.get(field)
-        now_: Any = ours.get(field)
-        if was == now_ or field in MAY_DIFFER or field.startswith("about."):
-            continue
-        if field in BY_CONTENT and was is not None and now_ is not None:
-            continue
-        if field == "prior.loras" and [lora["scale"] for lora in was] == [lora["scale"] for lora in now_]:
-            continue  # by their digests the same files, wherever they lie
-        if field == "synthesis.images_per_class" and now.rounds == 1 and now_ > was:
-            continue
-        if field.startswith("distillation.") and before.rounds == now.rounds == 1:
-            if not any(folder.glob("student/*.safetensors")):
-                continue  # the images do not depend on it, and no student does yet
-            raise UserError(
-                f"{field}: {folder} holds a student with {field}={was}, now it is {now_}; to train another one on the "
-                f"same images: diffdfkd distill RECIPE --images {shlex.quote(source or str(folder / 'synthetic'))} "
-                f"output=ANOTHER {shlex.quote(f'{field}={json.dumps(now_)}')}"
-            )
-        raise UserError(
-            f"{field}: {folder} holds a run with {field}={was}, now it is {now_}; choose another output folder, or "
-            f"give {field}={was} to continue that run"
-        )
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _frozen(folder: Path) -> dict[str, Any] | None:
@@ -383,24 +265,3 @@ def _absolute(recipe: Recipe) -> Recipe:
             ),
         }
     )
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda is asked for, but torch finds no usable GPU; give device=cpu, in a new output")
-
-
-def machine_threads() -> int:
-    """CPU threads that one process may take: the cores, shared out among the processes of a launch."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Of the processes on this machine torchrun gives the first, the DeepSpeed launcher the second.
-    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    return max(1, cores // int(processes))

@@ -7,8 +7,9 @@ import time
 
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.recipes.figures import stage
+from diffdfkd.recipes.launch import refuse_launch
 from diffdfkd.recipes.run import load_prior_for, session, use_device
-from diffdfkd.recipes.run_folder import claim, refuse_launch
+from diffdfkd.recipes.run_folder import claim
 
 
 def synthesize(recipe: Recipe, *, progress: bool = True) -> str:

@@ -119,8 +119,8 @@ def demo():
     from diffdfkd.engine.classifier import build_classifier
     from diffdfkd.engine.painter import Models
     from diffdfkd.recipes.check import _draw
+    from diffdfkd.recipes.launch import settle_machine
     from diffdfkd.recipes.run import load_prior_for
-    from diffdfkd.recipes.run_folder import settle_machine
 
     recipe = settle_machine(load_recipe("fashion"))
     teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffdfkd.engine import recipe
-from diffdfkd.recipes.run_folder import MAY_DIFFER
+from diffdfkd.recipes.same_recipe import MAY_DIFFER
 
 DOCS = Path(recipe.__file__).resolve().parent.parent / "docs"
 

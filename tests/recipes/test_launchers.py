@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from diffdfkd.engine.recipe import load_recipe
+from diffdfkd.recipes.launch import machine_threads
 from diffdfkd.recipes.run import use_device
-from diffdfkd.recipes.run_folder import machine_threads
 
 LAUNCHERS = {
     "torchrun": ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"),

@@ -1,0 +1,53 @@
+"""What one process of a command takes of the machine: its device, its threads, its place in a launch of several."""
+
+import os
+
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe import Recipe
+
+
+def settle_machine(recipe: Recipe, before: Recipe | None = None) -> Recipe:
+    """The recipe with device and threads chosen: as the run began, if it has, or else by what there is."""
+    device = recipe.device if recipe.device != "auto" else before.device if before else _device()
+    _check_device(device)
+    threads = recipe.threads or (before.threads if before else None) or machine_threads()
+    return recipe.model_copy(update={"device": device, "threads": threads})
+
+
+def rank() -> int:
+    """Of this process among those of a torchrun or DeepSpeed launch."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched() -> bool:
+    """Whether this is one of several processes of a torchrun or DeepSpeed launch."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def refuse_launch(command: str) -> None:
+    """UserError where several processes were launched, of which each would make all images."""
+    if launched():
+        raise UserError(
+            f"{command}: synthesis is one process; launch `diffdfkd distill` alone with torchrun, not {command}"
+        )
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda is asked for, but torch finds no usable GPU; give device=cpu, in a new output")
+
+
+def machine_threads() -> int:
+    """CPU threads that one process may take: the cores, shared out among the processes of a launch."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Of the processes on this machine torchrun gives the first, the DeepSpeed launcher the second.
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    return max(1, cores // int(processes))

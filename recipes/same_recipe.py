@@ -1,0 +1,106 @@
+"""Whether a recipe may go on in a folder that holds a run: fields that may differ, files that go by their content.
+
+docs/errors.md says so to users.
+"""
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe import LoraRecipe, Recipe, dump_recipe
+
+MAY_DIFFER = (
+    *("output", "evaluation.images", "evaluation.labels", "evaluation.batch_size", "evaluation.licence"),
+    *("prior.licence", "teacher.licence", "teacher.metadata"),
+)
+BY_CONTENT = {"prior.path": "prior", "teacher.weights": "teacher", "student.weights": "student"}
+"""Paths that may differ as long as what lies there has the digest that was frozen."""
+
+
+def file_digests(recipe: Recipe, *, prior: bool) -> dict[str, str]:
+    """SHA-256 of the files that the recipe names; a hub id stands for itself with its commit."""
+    from diffdfkd.engine.weights import digest
+
+    found = {}
+    if prior:
+        path = recipe.prior.path
+        found["prior"] = digest(path) if Path(path).is_dir() else f"{path}@{recipe.prior.revision}"
+        for index, lora in enumerate(recipe.prior.loras):
+            found[f"lora {index}"] = _lora_digest(lora, f"prior.loras.{index}")
+    for field in ("teacher", "student"):
+        weights = getattr(recipe, field).weights
+        if weights is None:
+            continue
+        if not Path(weights).is_file():
+            raise UserError(f"{field}.weights: {weights}: no such file; name the file with the {field}'s state dict")
+        found[field] = digest(weights)
+    return found
+
+
+def _lora_digest(lora: LoraRecipe, field: str) -> str:
+    from diffdfkd.engine.lora import find_lora
+    from diffdfkd.engine.prior_files import is_commit
+    from diffdfkd.engine.weights import digest
+
+    if not Path(lora.path).exists() and is_commit(lora.revision):
+        return f"{lora.path}@{lora.revision}" + (f"/{lora.file}" if lora.file else "")
+    return digest(find_lora(lora, field))
+
+
+def training(recipe: Recipe) -> dict[str, Any]:
+    """The fields on which the course of training depends."""
+    return recipe.distillation.model_dump(exclude={"checkpoint_every"})
+
+
+def refuse_other(
+    before: Recipe,
+    now: Recipe,
+    frozen: Mapping[str, str],
+    digests: Mapping[str, str],
+    folder: Path,
+    source: str | None,
+) -> None:
+    """UserError that names the first field in which the folder's recipe differs from this one."""
+    theirs, ours = dict(_flat(dump_recipe(before))), dict(_flat(dump_recipe(now)))
+    places = {name: (path, ours.get(path)) for path, name in BY_CONTENT.items()}
+    places |= {f"lora {i}": (f"prior.loras.{i}.path", lora.path) for i, lora in enumerate(now.prior.loras)}
+    for name, (path, place) in places.items():
+        if name in frozen and name in digests and frozen[name] != digests[name]:
+            raise UserError(
+                f"{path}: the files at {place} are not those that the run in {folder} began with "
+                f"(SHA-256 {digests[name][:12]}, was {frozen[name][:12]}); choose another output folder"
+            )
+    for field in [*ours, *(field for field in theirs if field not in ours)]:
+        was: Any = theirs.get(field)
+        now_: Any = ours.get(field)
+        if was == now_ or field in MAY_DIFFER or field.startswith("about."):
+            continue
+        if field in BY_CONTENT and was is not None and now_ is not None:
+            continue
+        if field == "prior.loras" and [lora["scale"] for lora in was] == [lora["scale"] for lora in now_]:
+            continue  # by their digests the same files, wherever they lie
+        if field == "synthesis.images_per_class" and now.rounds == 1 and now_ > was:
+            continue
+        if field.startswith("distillation.") and before.rounds == now.rounds == 1:
+            if not any(folder.glob("student/*.safetensors")):
+                continue  # the images do not depend on it, and no student does yet
+            raise UserError(
+                f"{field}: {folder} holds a student with {field}={was}, now it is {now_}; to train another one on the "
+                f"same images: diffdfkd distill RECIPE --images {shlex.quote(source or str(folder / 'synthetic'))} "
+                f"output=ANOTHER {shlex.quote(f'{field}={json.dumps(now_)}')}"
+            )
+        raise UserError(
+            f"{field}: {folder} holds a run with {field}={was}, now it is {now_}; choose another output folder, or "
+            f"give {field}={was} to continue that run"
+        )
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
