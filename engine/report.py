@@ -74,7 +74,10 @@ def _head(folder: Path, recipe: Content, result: Content, account: Accounts) -> 
         f"<div><b>{escape(value)}</b>{''.join(f'<span>{escape(word)}</span>' for word in words)}</div>"
         for value, *words in numbers
     )
-    unfinished = "" if result else '<p class="note">The run is not finished; this is what it has so far.</p>'
+    state = "The run is not finished; this is what it has so far."
+    if (folder / "student" / "student.safetensors").is_file():
+        state = "There is a student, but no result.json: the run's command, given again, evaluates it."
+    unfinished = "" if result else f'<p class="note">{state}</p>'
     return (
         f'<header><h1>{escape(folder.resolve().name)}</h1><p class="muted">{escape(sentence)}</p>{unfinished}'
         f'<div class="numbers">{cells}</div></header>'

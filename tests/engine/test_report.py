@@ -262,6 +262,9 @@ def test_unfinished_run_shows_what_it_has(folder: Path) -> None:
     (folder / "result.json").unlink()
     (folder / "preview" / "preview.json").unlink()
     text = write_report(folder).read_text()
+    assert "not finished" not in text and "There is a student, but no result.json" in text
+    (folder / "student" / "student.safetensors").unlink()
+    text = write_report(folder).read_text()
     Page(text)
     assert "not finished" in text and "What the student saw" in text
     assert "On real images" not in text and "What guidance does" not in text
