@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
+from diffdfkd.engine.checkpoint import state_digest
 from diffdfkd.engine.classifier import Classifier, build_classifier
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import ClassifierRecipe, Recipe, TeacherRecipe
@@ -16,6 +18,8 @@ from diffdfkd.engine.weights import save_classifier
 NETWORK = ("architecture", "options")
 INPUT = ("classes", "channels", "size", "mean", "std", "interpolation", "channel_order")
 PACKAGED = ("torchvision", "timm")
+WEIGHTS = "weights_sha256"
+"""Entry of the header: digest of the tensors, by which a changed bit is found."""
 FETCHING = ("pretrained", "checkpoint", "weights", "cache")
 """Beginnings of the options with which a packaged architecture opens other files or the network."""
 
@@ -26,10 +30,25 @@ def write_student(student: Classifier, path: Path, recipe: Recipe) -> None:
         **{name: getattr(recipe.student, name) for name in NETWORK},
         **{name: getattr(recipe.teacher, name) for name in INPUT},
         "versions": {package: _version(package) for package in ("torch", *_packages(recipe.student.architecture))},
+        WEIGHTS: state_digest(student.model.state_dict()),
     }
     save_classifier(
         student, path, {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
     )
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a safetensors file that `write_student` may have written; None where it is whole.
+
+    Only a file that says so in its header is asked whether its tensors are those that were written.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            written = (file.metadata() or {}).get(WEIGHTS)
+        same = written is None or written == state_digest(load_file(path))
+    except (SafetensorError, OSError) as error:
+        return f"not a safetensors file, or cut short ({error})"
+    return None if same else "its weights are not those that were written"
 
 
 def read_student(path: str | Path, *, allow_factory: bool = False) -> Classifier:
@@ -66,6 +85,8 @@ def read_student(path: str | Path, *, allow_factory: bool = False) -> Classifier
         classifier = build_classifier(student, domain, field="student")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if (fault := damage(path)) is not None:
+        raise UserError(f"{path}: {fault}; take another copy of the file")
     return classifier.requires_grad_(False).eval()
 
 
@@ -82,7 +103,7 @@ def read_header(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: holds weights, but its header lacks {', '.join(missing)}; give the student.safetensors of a run"
         )
-    texts = ("architecture", "interpolation", "channel_order")
+    texts = ("architecture", "interpolation", "channel_order", WEIGHTS)
     try:
         header = {key: value if key in texts else json.loads(value) for key, value in metadata.items()}
     except ValueError:

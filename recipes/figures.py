@@ -95,8 +95,12 @@ def no_better_than_chance(evaluation: "Evaluation", classes: int) -> str | None:
 
 
 def load_student(weights: Path, recipe: Recipe) -> "Classifier":
-    """The recipe's student with the weights of a file; raises UserError where they do not fit."""
+    """The recipe's student with the weights of a file; raises UserError where they are damaged or do not fit."""
     from diffdfkd.engine.classifier import build_classifier
+    from diffdfkd.engine.student_file import damage
+
+    if weights.suffix == ".safetensors" and weights.is_file() and (fault := damage(weights)) is not None:
+        raise UserError(f"student.weights: {weights}: {fault}; the command of the run that made it writes it again")
 
     student = recipe.student.model_copy(update={"weights": str(weights)})
     return build_classifier(student, recipe.teacher, field="student")

@@ -149,9 +149,17 @@ def student_of(folder: RunFolder, round: int) -> "Classifier":
 def drop_broken_chain(folder: RunFolder, journal: "Journal") -> None:
     """Delete snapshots that training cannot go on from, so that it starts again and arrives at the same students.
 
-    So it is where someone deleted the snapshot of an earlier round, or the checkpoints that hold the optimizer.
+    So it is where a snapshot is damaged, and where someone deleted that of an earlier round, or the checkpoints that
+    hold the optimizer.
     """
+    from diffdfkd.engine.student_file import damage
+
     snapshots = [folder.snapshot_of(round) for round in range(folder.recipe.rounds)]
+    for snapshot in snapshots:
+        if snapshot.is_file() and (fault := damage(snapshot)) is not None:
+            log.warning("%s is made again: %s", snapshot, fault)
+            journal.log("remake", file=snapshot.name, reason=fault)
+            snapshot.unlink()
     there = [snapshot.is_file() for snapshot in snapshots]
     missing = there.index(False) if False in there else len(there)
     checkpoint = (folder.path / "student" / "checkpoints" / "latest").is_file()

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from diffdfkd.engine.classifier import Classifier, build_classifier
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe, load_recipe
-from diffdfkd.engine.student_file import read_student, write_student
+from diffdfkd.engine.student_file import damage, read_student, write_student
 
 CLASSES = ["T-shirt/top", "<b>Shoe</b>", "größer"]
 STRANGER = """
@@ -138,6 +138,17 @@ def test_damaged_headers_are_one_line(file: Path, changes: dict[str, str | None]
     with pytest.raises(UserError) as error:
         read_student(headed(file, **changes))
     assert str(error.value).startswith(f"{file}: ") and words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_changed_bit_is_found(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    assert damage(file) == "its weights are not those that were written"
+    with pytest.raises(UserError, match="its weights are not those that were written; take another copy"):
+        read_student(file)
+    # Whoever wrote a file without the digest did not promise anything.
+    assert damage(headed(file, weights_sha256=None)) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x04pickle", "truncated"])

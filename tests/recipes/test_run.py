@@ -150,6 +150,31 @@ def test_what_is_lost_is_made_again(
     assert accounts(read_journal(copy / "metrics.jsonl")).sessions == 2
 
 
+@pytest.mark.parametrize("harm", ["cut", "flip"])
+@pytest.mark.parametrize("names", [["round-001"], ["round-000"], ["student"], ["round-001", "student"]], ids="+".join)
+def test_a_damaged_student_is_never_handed_on(
+    copy: Path,
+    tiny_recipe: Path,
+    finished_run: Finished,
+    made: Made,
+    caplog: pytest.LogCaptureFixture,
+    names: list[str],
+    harm: str,
+) -> None:
+    (copy / "result.json").unlink()
+    for name in names:
+        file = copy / "student" / f"{name}.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-100] ^= 1
+        file.write_bytes(content if harm == "flip" else content[:100])
+    again(tiny_recipe, copy)
+    assert made(copy) == made(finished_run[0])
+    student = (copy / "student" / "student.safetensors").read_bytes()
+    assert student == (finished_run[0] / "student" / "student.safetensors").read_bytes()
+    for name in set(names) - {"student"}:
+        assert f"{name}.safetensors is made again: " in caplog.text
+
+
 def test_lost_manifest_of_a_finished_run_is_written_again(
     copy: Path, tiny_recipe: Path, finished_run: Finished, made: Made
 ) -> None:
