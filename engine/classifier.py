@@ -4,6 +4,7 @@ import copy
 import difflib
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from torch.nn import functional
 
 from diffdfkd.engine.architectures import ARCHITECTURES
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.memory import ran_out
+from diffdfkd.engine.memory import fitting, ran_out
 from diffdfkd.engine.programs import READERS, Program, load_program
 from diffdfkd.engine.recipe import ClassifierRecipe, TeacherRecipe
 from diffdfkd.engine.weights import load_weights
+
+FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey: ITU-R BT.601, as in PIL and torchvision."""
@@ -108,7 +111,8 @@ def build_classifier(
         teacher.interpolation,
         teacher.channel_order,
     )
-    with torch.random.fork_rng(devices=[]):
+    smaller = fitting(f"{field}.architecture", f"the {field}", f"take a smaller one, or smaller {field}.options")
+    with torch.random.fork_rng(devices=[]), smaller:
         if seed is not None:
             torch.manual_seed(seed)
         if recipe.architecture in READERS and field == "teacher" and recipe.weights is not None:
@@ -182,6 +186,8 @@ def _near(name: str, names: list[str]) -> str:
 
 def _import_factory(module: str, name: str, where: str) -> Callable[..., Any]:
     """Function of an importable module; the working folder counts as importable, as with ``python -m``."""
+    if not FACTORY.fullmatch(f"{module}:{name}"):
+        raise UserError(f"{where}: {module}:{name} names no function; package.module:factory is wanted")
     folder = str(Path.cwd())
     added = folder not in sys.path
     if added:
@@ -266,6 +272,8 @@ def check_model(
         with torch.no_grad():
             logits = probe(torch.zeros(2, channels, size, size))
     except (RuntimeError, ValueError) as error:
+        if ran_out(error):
+            raise
         problem = str(error).splitlines()[0]
         raise UserError(
             f"{field}.architecture: fails on a {channels}x{size}x{size} image{mode}: {problem}; take another "

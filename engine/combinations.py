@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 MOST_SHARDS = 100_000
 """Of a run: far above what is of use, far below what fills memory and folders."""
 
+MOST_NORMAL = 5.0
+"""Above any mean and deviation of images in [0, 1], and below those of images in 0 to 255."""
+
 PROGRAMS = ("exported", "torchscript")
 """Architectures whose weights file is the whole program: engine/programs.py."""
 
@@ -52,6 +55,8 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
             yield f"teacher.{name}", f"got {len(values)} numbers for {teacher.channels} channel(s); give 1 or one each"
         if any(not math.isfinite(value) for value in values):
             yield f"teacher.{name}", f"got {values}; finite numbers only"
+        elif any(abs(value) > MOST_NORMAL for value in values):
+            yield f"teacher.{name}", f"got {values}, which are of images in 0 to 255; divide mean and std by 255"
     if teacher.channel_order == "bgr" and teacher.channels == 1:
         yield "teacher.channel_order", "bgr, but teacher.channels is 1; a grey image has no order, leave it out"
     if recipe.student.architecture in PROGRAMS:

@@ -4,11 +4,17 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-FILE_AT_FAULT = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
-    *(errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
-)
-"""What the system says of a disk or file that is full, locked, broken or of the wrong kind."""
+CURES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room on its disk"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "let it be written"),
+    **dict.fromkeys(
+        (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP),
+        "take away what is in its place, a file, folder or link of another kind",
+    ),
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EIO: "have its disk looked at",
+}
+"""What to do where the system says that a disk or file is full, locked, of the wrong kind or broken."""
 
 
 class UserError(Exception):

@@ -49,6 +49,8 @@ class FileImages:
     def _bytes(self, index: int) -> bytes:
         file = self._path / self._names[index]
         try:
+            if not file.is_file() and file.exists():
+                raise UserError(f"{file}: no plain file, and reading it could wait for ever; take it away")
             return file.read_bytes()
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror}); put it back, or take it away") from None

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 PUBLISHED_NAME = "pytorch_lora_weights.safetensors"
 """What diffusers' scripts call the file."""
 
+LONGEST_PATTERN = 300
+
 _PARTS = (
     (re.compile(r"[._]lora[._](?:linear_layer\.)?(?:down|A)(?:\.default)?\.weight$"), "down"),
     (re.compile(r"[._]lora[._](?:linear_layer\.)?(?:up|B)(?:\.default)?\.weight$"), "up"),
@@ -178,14 +180,25 @@ def _ratio(update: Update, configuration: Mapping[str, Any], file: Path, field: 
                 f"{field}.path: {file}: alpha_pattern in its lora_adapter_metadata is {patterns}; an object of layers "
                 "and their alphas is needed, or none"
             )
-        for pattern, given in patterns.items():
-            if f".{update.path}".endswith("." + pattern.removeprefix("^")):
-                alpha = given
+        # As PEFT looks it up: the first expression that the path, or its end behind a dot, is an instance of.
+        fitting = (given for pattern, given in patterns.items() if _matches(pattern, update.path, file, field))
+        alpha = next(fitting, alpha)
     if alpha is None:
         alpha = rank
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise UserError(f"{field}.path: {file}: alpha of {update.name} is {alpha}; a finite number is needed")
     return alpha / (math.sqrt(rank) if value("use_rslora") else rank)
+
+
+def _matches(pattern: str, path: str, file: Path, field: str) -> bool:
+    """Whether a key of PEFT's alpha_pattern means the layer; being a stranger's expression, it has to be simple."""
+    where = f"{field}.path: {file}: alpha_pattern in its lora_adapter_metadata has {pattern[:100]}"
+    if len(pattern) > LONGEST_PATTERN or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+        raise UserError(f"{where}, which could take for ever to search for; save the LoRA with names of layers")
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"{where}, which is no regular expression ({error}); save the LoRA again") from None
 
 
 @torch.no_grad()

@@ -224,7 +224,10 @@ def _name(path: str, revision: str | None) -> str:
 def _plain(text: str) -> str:
     """One line without Markdown's and HTML's marks."""
     text = re.sub(r"\s+", " ", text)
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text)
+    text = re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", text)
+    # Hubs make links of these.
+    text = re.sub(r"(?i)\b(https?|ftp|mailto):", r"\1\:", text)
+    return re.sub(r"(?i)\b(www)\.", r"\1\.", text)
 
 
 def _cell(text: str) -> str:

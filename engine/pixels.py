@@ -93,7 +93,9 @@ def open_image(content: bytes, name: str) -> Image.Image:
     except UnidentifiedImageError:
         raise UserError(f"{name}: not a readable image; {', '.join(FORMATS)} are read") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name}: not a readable image: {error}") from None
+        raise UserError(
+            f"{name}: not a readable image ({str(error).rstrip('.')}); save it again, or take it away"
+        ) from None
     return image
 
 

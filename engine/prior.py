@@ -216,8 +216,14 @@ def _load_tokenizer(folder: Path) -> Any:
             tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be loaded as CLIPTokenizer ({first_line(error)})") from None
+    config = path / "tokenizer_config.json"
     if tokenizer.model_max_length > 10_000:
-        raise UserError(f"{path / 'tokenizer_config.json'}: model_max_length is missing; set the text encoder's length")
+        raise UserError(f"{config}: model_max_length is missing; set the text encoder's length")
+    if tokenizer.model_max_length < 3:
+        raise UserError(
+            f"{config}: model_max_length is {tokenizer.model_max_length}, too few for a word between begin and end; "
+            "set the text encoder's length (Stable Diffusion: 77)"
+        )
     return tokenizer
 
 

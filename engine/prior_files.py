@@ -205,6 +205,12 @@ def read_scheduler_config(folder: Path) -> dict[str, Any]:
     total = config.get("num_train_timesteps", 1000)
     if type(total) is not int or total < 1:
         raise UserError(f"{file}: num_train_timesteps is {total}; a positive whole number is needed (1000)")
+    trained = config.get("trained_betas")
+    if trained is not None and (not isinstance(trained, list) or len(trained) != total):
+        held = f"{len(trained)} numbers" if isinstance(trained, list) else "no list"
+        raise UserError(
+            f"{file}: trained_betas is {held}; one number for each of num_train_timesteps={total} is needed"
+        )
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise UserError(f"{file}: prediction_type={prediction_type}; allowed: {', '.join(PREDICTION_TYPES)}")

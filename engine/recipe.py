@@ -104,7 +104,7 @@ class SynthesisRecipe(Section):
     sampler: Sampler = "ddim"
     steps: Count = 12
     """Denoising steps."""
-    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    guidance_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 2.0
     """Classifier-free guidance; 1 turns it off and halves the cost of the UNet."""
     prompt: str = "an image of a {}"
     """Template; ``{}`` is the class's word. Without ``{}`` the class enters through guidance alone."""

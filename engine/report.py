@@ -98,7 +98,7 @@ def _alarms(rows: Rows) -> str:
     """A box with what was odd in the run, or the word that nothing was."""
     alarms = alarms_in(rows)
     if not alarms:
-        return '<p class="note calm">No alarms.</p>'
+        return '<p class="note calm">No alarms in the guidance.</p>'
     lines = []
     for alarm in alarms:
         places = [f"{kind} {alarm[kind]}" for kind in ("round", "shard") if alarm.get(kind) is not None]

@@ -102,6 +102,7 @@ def synthesize(
     made: list[Count] = []
     seconds = 0.0
     if missing:
+        folder.mkdir(parents=True, exist_ok=True)
         bar = progress_bar(
             round_samples(recipe, round),
             f"synthesis, round {round + 1} of {recipe.rounds}",

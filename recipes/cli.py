@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from diffdfkd.engine.errors import FILE_AT_FAULT, UserError
+from diffdfkd.engine.errors import CURES, UserError
 from diffdfkd.engine.recipe import load_recipe
 from diffdfkd.recipes.command import complain
 
@@ -333,8 +333,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _unforeseen(error: Exception) -> int:
     """One line for an error that nobody made ready for a user; its exit code: 1 where no input is known to be bad."""
-    if isinstance(error, OSError) and error.filename is not None and error.errno in FILE_AT_FAULT:
-        return complain(f"{error.filename}: {error.strerror}; check the path, its permissions and the room on its disk")
+    if isinstance(error, OSError) and error.filename is not None and error.errno in CURES:
+        return complain(f"{error.filename}: {error.strerror}; {CURES[error.errno]}")
     complain(f"unexpected {type(error).__name__}: {error}"[:500] + "; run again with --debug for the traceback")
     return 1
 

@@ -61,7 +61,7 @@ def finish(
                 device=recipe.device,
                 progress=progress,
             )
-        if (doubt := no_better_than_chance(evaluation, len(recipe.teacher.classes))) is not None:
+        if (doubt := no_better_than_a_guess(evaluation, len(recipe.teacher.classes))) is not None:
             log.warning("%s", doubt)
     diversity = None
     if folder.images is None:
@@ -80,30 +80,39 @@ def finish(
     return result
 
 
-def no_better_than_chance(evaluation: "Evaluation", classes: int) -> str | None:
-    """A word about a teacher that may be guessing, as far as the test images can tell; None about any other."""
+def no_better_than_a_guess(evaluation: "Evaluation", classes: int) -> str | None:
+    """A word about a teacher or student that may be guessing, as far as the test images can tell; None about others."""
     from diffdfkd.engine.evaluation import wilson_interval
 
-    accuracy, count = evaluation.teacher_accuracy, evaluation.images
-    if accuracy is None or wilson_interval(round(accuracy * count), count)[0] > 1 / classes:
-        return None
-    return (
-        f"evaluation.images: the teacher is right on {accuracy:.1%} of {count:,} images, no better than a guess among "
-        f"{classes} classes, and the student learns from it: do teacher.classes stand in the order of its outputs, are "
-        "mean, std and size its own, and are the labels right? `diffdfkd check` looks into the first two"
-    )
+    def guesses(accuracy: float | None) -> bool:
+        share, count = accuracy, evaluation.images
+        return share is not None and wilson_interval(round(share * count), count)[0] <= 1 / classes
+
+    images = f"of {evaluation.images:,} images, no better than a guess among {classes} classes"
+    if guesses(evaluation.teacher_accuracy):
+        return (
+            f"evaluation.images: the teacher is right on {evaluation.teacher_accuracy:.1%} {images}, and the student "
+            "learns from it: do teacher.classes stand in the order of its outputs, are mean, std and size its own, and "
+            "are the labels right? `diffdfkd check` looks into the first two"
+        )
+    if guesses(evaluation.accuracy):
+        return (
+            f"evaluation.images: the student is right on {evaluation.accuracy:.1%} {images}: more distillation.steps, "
+            "another distillation.learning_rate, or a look at the images (`diffdfkd preview`)"
+        )
+    return None
 
 
 def load_student(weights: Path, recipe: Recipe) -> "Classifier":
-    """The recipe's student with the weights of a file; raises UserError where they are damaged or do not fit."""
+    """The recipe's student with the weights of a file; raises UserError where they do not fit or are damaged."""
     from diffdfkd.engine.classifier import build_classifier
     from diffdfkd.engine.student_file import damage
 
-    if weights.suffix == ".safetensors" and weights.is_file() and (fault := damage(weights)) is not None:
-        raise UserError(f"student.weights: {weights}: {fault}; the command of the run that made it writes it again")
-
     student = recipe.student.model_copy(update={"weights": str(weights)})
-    return build_classifier(student, recipe.teacher, field="student")
+    classifier = build_classifier(student, recipe.teacher, field="student")
+    if weights.suffix == ".safetensors" and (fault := damage(weights)) is not None:
+        raise UserError(f"student.weights: {weights}: {fault}; the command of the run that made it writes it again")
+    return classifier
 
 
 def figures(folder: RunFolder, evaluation: "Evaluation | None") -> dict[str, Any]:

@@ -100,7 +100,9 @@ def _teacher(recipe: Recipe) -> Item:
     from diffdfkd.engine.taps import check_taps, tappable
 
     teacher = recipe.teacher
-    if teacher.weights is not None and not Path(teacher.weights).is_file():
+    if teacher.weights is None:
+        return Item("teacher.weights", None, "the recipe names none; name the file with the teacher's state dict")
+    if not Path(teacher.weights).is_file():
         if teacher.architecture not in ("exported", "torchscript"):
             # The architecture and its options, at least.
             build_model(teacher.architecture, teacher.options, teacher.channels, len(teacher.classes), field="teacher")

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from diffdfkd.engine.errors import FILE_AT_FAULT, UserError
+from diffdfkd.engine.errors import CURES, UserError
 from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
 from diffdfkd.engine.recipe_file import repeating_command
 from diffdfkd.engine.run_recipe import frozen_fault
@@ -117,11 +117,11 @@ def claim(recipe: Recipe, *, prior: bool = True, images: Path | None = None) -> 
         yield _settle(recipe, folder, images, file_digests(recipe, prior=prior))
     except OSError as error:
         file = Path(error.filename or folder)
-        if error.errno not in FILE_AT_FAULT or not file.is_relative_to(folder):
+        if error.errno not in CURES or not file.is_relative_to(folder):
             raise
         raise UserError(
-            f"output: {file} cannot be written ({error.strerror}); make room, or let it be written, and give the "
-            "command again: it goes on from what is finished"
+            f"output: {file} cannot be written ({error.strerror}); {CURES[error.errno]}, and give the command again: "
+            "it goes on from what is finished"
         ) from error
     finally:
         os.close(lock)

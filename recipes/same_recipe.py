@@ -35,7 +35,9 @@ def file_digests(recipe: Recipe, *, prior: bool) -> dict[str, str]:
         if weights is None:
             continue
         if not Path(weights).is_file():
-            raise UserError(f"{field}.weights: {weights}: no such file; name the file with the {field}'s state dict")
+            source = recipe.about.teacher if field == "teacher" else None
+            cure = source or f"name the file with the {field}'s state dict"
+            raise UserError(f"{field}.weights: {weights}: no such file; {cure}")
         found[field] = digest(weights)
     return found
 
@@ -92,10 +94,19 @@ def refuse_other(
                 f"same images: diffdfkd distill RECIPE --images {shlex.quote(source or str(folder / 'synthetic'))} "
                 f"output=ANOTHER {shlex.quote(f'{field}={json.dumps(now_)}')}"
             )
+        back = f"give {shlex.quote(f'{field}={json.dumps(was, ensure_ascii=False)}')}"
+        if field not in theirs:
+            back = f"leave {field} out"
         raise UserError(
-            f"{field}: {folder} holds a run with {field}={was}, now it is {now_}; choose another output folder, or "
-            f"give {field}={was} to continue that run"
+            f"{field}: {folder} holds a run with {field}={_shown(was)}, now it is {_shown(now_)}; choose another "
+            f"output folder, or {back} to continue that run"
         )
+
+
+def _shown(value: Any) -> str:
+    """As it would stand in a recipe; long ones cut."""
+    text = str(value) if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -102,6 +102,31 @@ def test_several_in_order_and_alpha_of_each_layer(tiny_sd1: Path, lora_writer: W
         torch.testing.assert_close(after[f"{layer}.weight"].double(), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"conv1": 2, r"mid_block\..*": 5},  # of several that match the first counts
+        {r"mid_block\..*": 5, "conv1": 2},
+        {r"^down_blocks\..*\.to_q": 5},
+        {"mid_block": 3, "onv1": 4},  # neither is a whole name
+    ],
+)
+def test_alpha_patterns_mean_what_peft_takes_them_for(
+    patterns: dict[str, int], tiny_sd1: Path, lora_writer: Writer, tmp_path: Path
+) -> None:
+    utilities = pytest.importorskip("peft.utils.other")
+    file = tmp_path / "lora.safetensors"
+    updates = lora_writer(file, tiny_sd1, style="peft", rank=4)
+    metadata = {"unet.lora_alpha": 8, "unet.alpha_pattern": patterns}
+    save_file(load_file(file), file, metadata={"lora_adapter_metadata": json.dumps(metadata)})
+    before, after = weights(load(tiny_sd1).unet), weights(load(tiny_sd1, file).unet)
+    for key, update in updates.items():
+        layer = key.removeprefix("unet.")
+        alpha = patterns.get(utilities.get_pattern_key(patterns, layer), 8)
+        expected = closed_form(before[f"{layer}.weight"], update, alpha / 4)
+        torch.testing.assert_close(after[f"{layer}.weight"].double(), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_rounded_once(dtype: str, tiny_sd1: Path, tiny_lcm_lora: Path) -> None:
     full, half = load(tiny_sd1, tiny_lcm_lora).unet, load(tiny_sd1, tiny_lcm_lora, dtype=dtype).unet
@@ -246,6 +271,27 @@ def test_patterns_that_are_none_are_refused(tiny_sd1: Path, lora_writer: Writer,
     lora_writer(file, tiny_sd1, style="peft")
     save_file(load_file(file), file, metadata={"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": 5})})
     with pytest.raises(UserError, match=rf"prior\.loras\.0\.path: {file}: alpha_pattern in its .* is 5; an object of"):
+        load(tiny_sd1, file)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("(", "which is no regular expression"),
+        ("(a+)+b", "which could take for ever"),
+        (".*.*.*.*b", "which could take for ever"),
+        ("a" * 301, "which could take for ever"),
+    ],
+)
+def test_expressions_of_a_stranger_are_simple_or_refused(
+    pattern: str, words: str, tiny_sd1: Path, lora_writer: Writer, tmp_path: Path
+) -> None:
+    file = tmp_path / "lora.safetensors"
+    lora_writer(file, tiny_sd1, style="peft")
+    save_file(
+        load_file(file), file, metadata={"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": {pattern: 5}})}
+    )
+    with pytest.raises(UserError, match=rf"prior\.loras\.0\.path: {file}: alpha_pattern .* {words}"):
         load(tiny_sd1, file)
 
 

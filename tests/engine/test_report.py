@@ -353,7 +353,7 @@ def test_alarms_stand_at_the_top_or_their_absence_does(folder: Path) -> None:
     journal = folder / "metrics.jsonl"
     journal.write_text("".join(line for line in journal.open() if "alarm" not in line))
     text = write_report(folder).read_text()
-    assert "No alarms." in text and 'class="alarms"' not in text
+    assert "No alarms in the guidance." in text and 'class="alarms"' not in text
 
 
 def test_near_duplicates_are_shown_as_they_lie_in_the_shards(folder: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 from bad_input_cases import Arguments, Case, Recipe, Spoil, command, given
@@ -17,6 +18,21 @@ def png(colour: int = 7, size: int = 28) -> bytes:
     stream = io.BytesIO()
     Image.new("L", (size, size), colour).save(stream, "PNG")
     return stream.getvalue()
+
+
+def huge_png() -> bytes:
+    """The header of a file with 60,000 x 60,000 pixels."""
+    content = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    header = struct.pack(">I", len(content)) + b"IHDR" + content
+    return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", zlib.crc32(b"IHDR" + content)) + png()[33:]
+
+
+def pipes(folder: Path, recipe: Recipe) -> Arguments:
+    """A run with test images that no one writes."""
+    for name in "0123":
+        (folder / "real" / name).mkdir(parents=True)
+        os.mkfifo(folder / "real" / name / "a.png")
+    return command(folder, recipe, f"evaluation.images={folder / 'real'}")
 
 
 def pictures(files: dict[str, bytes], *overrides: str, name: str = "run") -> Spoil:
@@ -100,6 +116,13 @@ IMAGES = [
         "evaluation.images: {folder}/real/0/a.png",
         ("not a readable image", "PNG"),
     ),
+    Case(
+        "image that only says it is one, of very many pixels",
+        pictures({f"{name}/a.png": huge_png() for name in "0123"}),
+        "evaluation.images: {folder}/real/0/a.png",
+        ("not a readable image", "save it again, or take it away"),
+    ),
+    Case("pipe for an image", pipes, "evaluation.images: {folder}/real/0/a.png", ("no plain file", "take it away")),
     Case(
         "image half fetched",
         pictures({f"{name}/a.png": png()[:-30] for name in "0123"}),

@@ -212,6 +212,9 @@ NUMBERS = [
     field("teacher.channels=2", "teacher.channels: got 2", "1 or 3"),
     field("teacher.std=[0]", "teacher.std.0: got 0", "greater than 0"),
     field("teacher.mean=[.nan]", "teacher.mean: got [nan]", "finite"),
+    field("teacher.mean=[127.5]", "teacher.mean: got [127.5]", "divide mean and std by 255"),
+    field("teacher.std=[58.4]", "teacher.std: got [58.4]", "divide mean and std by 255"),
+    field("synthesis.guidance_scale=1e38", "synthesis.guidance_scale: got ", "less than or equal to 1000"),
     field("teacher.mean=[0.1,0.2]", "teacher.mean: got 2 numbers for 1 channel", "give 1 or one each"),
     field("teacher.crop_fraction=1.5", "teacher.crop_fraction: got 1.5", "less than or equal to 1"),
 ]

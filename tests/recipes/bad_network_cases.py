@@ -177,6 +177,24 @@ CASES = [
     ),
     Case("none in timm", given("student.architecture=timm:resnet19x"), "student.architecture: timm", ("did you mean",)),
     Case(
+        "nothing but a colon",
+        given("student.architecture=':'"),
+        "student.architecture: : names no function",
+        ("package.module:factory",),
+    ),
+    Case(
+        "module by way of folders",
+        given("student.architecture=..up:make"),
+        "student.architecture: ..up:make names no",
+        ("package.module:factory",),
+    ),
+    Case(
+        "network beyond all memory",
+        given("student.options.width=10000000"),
+        "student.architecture: the student does not fit into memory",
+        ("smaller student.options",),
+    ),
+    Case(
         "no module",
         given("student.architecture=no.module:make"),
         "student.architecture: cannot import no.module",

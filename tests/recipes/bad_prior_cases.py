@@ -154,6 +154,18 @@ CASES = [
         "{folder}/prior/model_index.json: text_encoder is T5EncoderModel",
         ("CLIPTextModel",),
     ),
+    Case(
+        "noise levels of fewer steps",
+        prior(edited("scheduler/scheduler_config.json", trained_betas=[0.1, 0.2])),
+        "{folder}/prior/scheduler/scheduler_config.json: trained_betas is 2 numbers",
+        ("num_train_timesteps=1000",),
+    ),
+    Case(
+        "tokenizer without room for a word",
+        prior(edited("tokenizer/tokenizer_config.json", model_max_length=1)),
+        "{folder}/prior/tokenizer/tokenizer_config.json: model_max_length is 1",
+        ("77",),
+    ),
     Case("UNet without weights", prior(lost(UNET)), "{folder}/prior/unet: ", ("safetensors",)),
     Case("UNet half fetched", prior(cut(UNET)), "{folder}/prior/unet", ("safetensors", "again")),
     Case(

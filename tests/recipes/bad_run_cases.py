@@ -29,6 +29,12 @@ def holding(name: str, content: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(content)
 
 
+def shards_elsewhere(folder: Path) -> None:
+    """On a disk that is not there."""
+    shutil.rmtree(folder / "synthetic" / "round-000")
+    (folder / "synthetic" / "round-000").symlink_to("/nowhere/round-000")
+
+
 def torn_journal(folder: Path) -> None:
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     lines[2] = lines[2][:9] + "\n"
@@ -125,6 +131,12 @@ OTHER_RECIPE = [
     Case("other class names", given("teacher.classes=[a,b,c,d]"), "teacher.classes: ", ANOTHER),
     Case("other threads", given("threads=2"), "threads: ", ANOTHER),
     Case("another student", given("student.options.width=3"), "student.options.width: ", ANOTHER),
+    Case(
+        "a student that begins otherwise",
+        given("student.weights={folder}/run/" + STUDENT),
+        "student.weights: ",
+        (*ANOTHER, "with student.weights=null, now", "give student.weights=null to continue"),
+    ),
     Case("fewer images", given("synthesis.images_per_class=1"), "synthesis.images_per_class: ", ANOTHER),
     Case("more rounds", given("rounds=2"), "rounds: ", ANOTHER),
     Case("other training", given("distillation.steps=5"), "distillation.steps: ", ("holds a student", "--images")),
@@ -283,6 +295,12 @@ DAMAGED = [
         typed("convert", "{folder}/run", "{folder}/run/synthetic/round-001"),
         "{folder}/run/synthetic/round-001: lies in the folder of a run",
         ("choose another",),
+    ),
+    Case(
+        "shards by a link to nowhere",
+        damaged(shards_elsewhere),
+        "output: {folder}/run/synthetic/round-000 cannot be written (File exists)",
+        ("take away what is in its place",),
     ),
     Case(
         "run's recipe gone",

@@ -351,10 +351,7 @@ def test_report_on_a_full_disk(
     monkeypatch.setattr(os, "fsync", full)
     code, out, err = command_line(["report", str(folder)])
     assert (code, out) == (2, "")
-    assert (
-        err == f"error: {folder}/report.html: No space left on device; check the path, its permissions and the room "
-        "on its disk\n"
-    )
+    assert err == f"error: {folder}/report.html: No space left on device; make room on its disk\n"
     assert content(folder) == before
 
 

@@ -24,7 +24,7 @@ from diffdfkd.engine.report import write_report
 from diffdfkd.engine.weights import digest
 from diffdfkd.recipes.distill import distill, foreign_images
 from diffdfkd.recipes.evaluate import evaluate
-from diffdfkd.recipes.figures import no_better_than_chance
+from diffdfkd.recipes.figures import no_better_than_a_guess
 from diffdfkd.recipes.run import run
 from diffdfkd.recipes.run_folder import claim
 from diffdfkd.recipes.synthesize import synthesize
@@ -240,21 +240,27 @@ def test_killed_at_ten_random_moments(tmp_path: Path, tiny_recipe: Path, finishe
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "images", "classes", "said"),
+    ("teacher", "student", "images", "classes", "said"),
     [
-        (0.1, 10_000, 10, True),
-        (0.0, 50, 10, True),  # as of two class orders that have nothing in common
-        (0.4, 20, 4, True),  # which 20 images cannot tell from a quarter
-        (0.12, 10_000, 10, False),
-        (0.6, 32, 4, False),
-        (None, 32, 4, False),
+        (0.1, 0.1, 10_000, 10, "the teacher is right on 10.0% of 10,000 images"),
+        (0.0, 0.9, 50, 10, "the teacher is right on 0.0%"),  # as of two class orders that have nothing in common
+        (0.4, 0.9, 20, 4, "the teacher"),  # which 20 images cannot tell from a quarter
+        (0.9, 0.1, 10_000, 10, "the student is right on 10.0% of 10,000 images"),
+        (None, 0.1, 10_000, 10, "the student"),
+        (0.12, 0.12, 10_000, 10, None),
+        (0.6, 0.6, 32, 4, None),
+        (None, 0.6, 32, 4, None),
     ],
 )
-def test_a_teacher_that_guesses_is_named(accuracy: float | None, images: int, classes: int, said: bool) -> None:
-    evaluation: Any = SimpleNamespace(teacher_accuracy=accuracy, images=images)
-    doubt = no_better_than_chance(evaluation, classes)
-    assert (doubt is not None) == said
-    assert doubt is None or f"a guess among {classes} classes" in doubt
+def test_who_guesses_is_named(
+    teacher: float | None, student: float, images: int, classes: int, said: str | None
+) -> None:
+    evaluation: Any = SimpleNamespace(teacher_accuracy=teacher, accuracy=student, images=images)
+    doubt = no_better_than_a_guess(evaluation, classes)
+    if said is None:
+        assert doubt is None
+    else:
+        assert doubt is not None and said in doubt and f"a guess among {classes} classes" in doubt
 
 
 @pytest.mark.slow
