@@ -55,12 +55,12 @@ class ArrayImages:
 
 def idx_images(path: Path, labels: str | Path | None, wanted: Wanted) -> ArrayImages:
     """Grey images of an IDX file, with the labels of the named file or of its companion."""
+    pixels = read_idx(path, 3)[:, None]
     if labels is None and wanted.labelled:
         companion = path.name.replace("images-idx3", "labels-idx1").replace("images.idx3", "labels.idx1")
         labels = path.with_name(companion)
         if companion == path.name or not labels.is_file():
             raise UserError(f"{path}: no labels file beside it ({companion}); name it with evaluation.labels")
-    pixels = read_idx(path, 3)[:, None]
     if not wanted.labelled or labels is None:
         return ArrayImages(path, pixels, np.full(len(pixels), UNLABELLED), wanted)
     values = read_idx(labels, 1)

@@ -195,7 +195,8 @@ def _import_factory(module: str, name: str, where: str) -> Callable[..., Any]:
     try:
         factory = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
-        raise UserError(f"{where}: cannot import {module} ({error}); install it, or run where it lies") from None
+        near = _near(module, ["torchvision", "timm"])
+        raise UserError(f"{where}: cannot import {module}{near} ({error}); install it, or run where it lies") from None
     finally:
         if added:
             sys.path.remove(folder)

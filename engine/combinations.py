@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from diffdfkd.engine.class_names import plain
 from diffdfkd.engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
         )
     if synthesis.words is not None and len(synthesis.words) != len(teacher.classes):
         yield "synthesis.words", f"got {len(synthesis.words)} words for {len(teacher.classes)} classes; give one each"
+    elif synthesis.words is not None:
+        yield from _exchanged(synthesis.words, teacher.classes)
     if synthesis.quality is not None and synthesis.format == "png":
         yield (
             "synthesis.quality",
@@ -154,6 +157,21 @@ def round_samples(recipe: "Recipe", round: int) -> int:
     unit = classes if per_class >= recipe.rounds else 1
     units = classes * per_class // unit
     return unit * (units * (round + 1) // recipe.rounds - units * round // recipe.rounds)
+
+
+def _exchanged(words: list[str], classes: list[str]) -> Iterable[tuple[str, str]]:
+    """Words that are the name of another class than that at their place: the one list or the other is out of order."""
+    names = [plain(name) for name in classes]
+    for place, word in enumerate(map(plain, words)):
+        own = names[place]
+        # Part of its own name, too, it may be right: a crane that is a bird beside one that is a machine.
+        if word and word in names and word not in own and own not in word:
+            yield (
+                "synthesis.words",
+                f"{words[place]} at place {place} would be drawn for the class {classes[place]}, but is the name of "
+                f"the class at place {names.index(word)}; give both lists in the order of the teacher's outputs",
+            )
+            return
 
 
 def _no_image_left(recipe: "Recipe") -> Iterable[tuple[str, str]]:

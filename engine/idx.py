@@ -31,7 +31,10 @@ def read_idx(path: str | Path, dimensions: int) -> np.ndarray:
     """
     data = read_bytes(path)
     if len(data) < 4 or data[:2] != b"\0\0":
-        raise UserError(f"{path}: not an IDX file (it begins with {data[:4].hex() or 'nothing'})")
+        raise UserError(
+            f"{path}: not an IDX file (it begins with {data[:4].hex() or 'nothing'}); images are read from a folder, a "
+            ".tar or an IDX file"
+        )
     if data[2] != 8:
         raise UserError(f"{path}: IDX data type 0x{data[2]:02x}; only unsigned bytes (0x08) are images or labels")
     if data[3] != dimensions:

@@ -91,7 +91,7 @@ def load_prior(recipe: PriorRecipe, device: torch.device | str) -> Prior:
     unet = _load(folder, "unet", classes["unet"], torch.float32 if recipe.loras else dtype)
     vae = _load(folder, "vae", classes["vae"], dtype)
     text_encoder = _load(folder, "text_encoder", classes["text_encoder"], torch.float32)
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     _check_fit(folder, unet, vae, text_encoder, tokenizer)
     fuse_loras(recipe.loras, unet, text_encoder)
     if recipe.loras:
@@ -200,7 +200,8 @@ def _load(folder: Path, component: str, name: str, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The CLIP tokenizer of a prior's folder; UserError where its files are missing or damaged."""
     from transformers import CLIPTokenizer
 
     path = folder / "tokenizer"
@@ -214,8 +215,10 @@ def _load_tokenizer(folder: Path) -> Any:
     try:
         with quiet():
             tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be loaded as CLIPTokenizer ({first_line(error)})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: cannot be loaded as CLIPTokenizer ({first_line(error)}); copy or download its files again"
+        ) from None
     config = path / "tokenizer_config.json"
     if tokenizer.model_max_length > 10_000:
         raise UserError(f"{config}: model_max_length is missing; set the text encoder's length")

@@ -58,8 +58,7 @@ def find_prior(recipe: PriorRecipe) -> Path:
     folder = Path(recipe.path)
     if folder.is_dir():
         return folder
-    if folder.is_file():
-        raise UserError(f"prior.path: {recipe.path}: {_single_file(folder)}")
+    refuse_nowhere(recipe)
     with hub("prior", recipe.path, recipe.revision) as fetch:
         # The model index alone first, so that another kind of model is refused before its gigabytes arrive.
         folder = Path(fetch(["model_index.json"]))
@@ -71,19 +70,21 @@ def find_prior(recipe: PriorRecipe) -> Path:
     return folder
 
 
+def refuse_nowhere(recipe: PriorRecipe) -> None:
+    """UserError unless the prior is a folder on this machine or a hub id with its commit; nothing is fetched."""
+    if Path(recipe.path).is_file():
+        raise UserError(f"prior.path: {recipe.path}: {_single_file(Path(recipe.path))}")
+    if not Path(recipe.path).is_dir():
+        _refuse_no_hub_id("prior", recipe.path, recipe.revision)
+
+
 @contextmanager
 def hub(field: str, repository: str, revision: str | None) -> Iterator[Any]:
     """A function that fetches files by patterns from a hub repository at its commit and returns their folder.
 
     Raises UserError that begins with ``field`` for what is no hub id, for no commit, and for what cannot be fetched.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repository):
-        raise UserError(f"{field}.path: {repository}: no such folder or file; give one, or a hub id")
-    if not is_commit(revision):
-        raise UserError(
-            f"{field}.revision: {repository} is no folder here, and as a hub id it needs a commit of 40 hexadecimal "
-            f"digits, got {revision or 'none'}: branches move, and a run must be repeatable"
-        )
+    _refuse_no_hub_id(field, repository, revision)
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
 
@@ -99,6 +100,16 @@ def hub(field: str, repository: str, revision: str | None) -> Iterator[Any]:
         ) from None
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _refuse_no_hub_id(field: str, repository: str, revision: str | None) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repository):
+        raise UserError(f"{field}.path: {repository}: no such folder or file; give one, or a hub id")
+    if not is_commit(revision):
+        raise UserError(
+            f"{field}.revision: {repository} is no folder here, and as a hub id it needs a commit of 40 hexadecimal "
+            f"digits, got {revision or 'none'}: branches move, and a run must be repeatable"
+        )
 
 
 def is_commit(revision: str | None) -> bool:
@@ -252,9 +263,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a JSON file: {error}") from None
+        raise UserError(f"{path}: not a JSON file ({error}); copy or download it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a JSON object expected, this is {type(content).__name__}")
+        raise UserError(f"{path}: a JSON object expected, this is {type(content).__name__}; copy or download it again")
     return content
 
 

@@ -65,6 +65,9 @@ def find_recipe(source: str | Path) -> Path:
         if not path.exists():
             raise UserError(f"{path}: no such recipe file; give a .yaml file, or the name of a packaged recipe")
         return path
+    beside = [name for name in (f"{source}.yaml", f"{source}.yml") if Path(name).is_file()]
+    if beside:
+        raise UserError(f"{source}: no packaged recipe; for the file here give {beside[0]}")
     names = sorted(file.stem for file in CONFIGS.glob("*.yaml"))
     near = difflib.get_close_matches(str(source), names, n=3, cutoff=0.4) or names
     raise UserError(f"{source}: no recipe of this name; there are {', '.join(near)}, or give a .yaml file")
@@ -74,7 +77,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a YAML file: {error}") from None
+        raise UserError(f"{path}: not a YAML file in UTF-8 ({error}); save it so") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a .yaml file that can") from None
     content = parse_yaml(text, str(path))

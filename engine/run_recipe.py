@@ -39,7 +39,12 @@ def read_run_recipe(folder: Path) -> tuple[Recipe, dict[str, Any]]:
     """
     file = folder / "recipe.yaml"
     if not file.is_file():
-        raise UserError(f"{folder}: not a folder of a run (it has no recipe.yaml); name the output of diffdfkd run")
+        what = "not a folder of a run (it has no recipe.yaml); name the output of diffdfkd run"
+        if folder.is_file():
+            what = f"not a folder of a run but a file; give the folder, such as {folder.parent}"
+        elif (folder / ".lock").is_file():
+            what = "a run may have begun here, but has written nothing yet; give its command, or wait for it"
+        raise UserError(f"{folder}: {what}")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or not isinstance(content.get("frozen"), dict):

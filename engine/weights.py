@@ -35,6 +35,9 @@ PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 """And the others, such as counters and masks."""
 
+ZIP = b"PK\x03\x04"
+"""How files of torch.save begin."""
+
 COUNTER = "num_batches_tracked"
 """Of a BatchNorm layer; no output depends on it, and state dicts older than PyTorch 0.4.1 have none."""
 
@@ -111,8 +114,14 @@ def read_state(path: Path, where: str) -> dict[str, Tensor]:
     Nothing in a pickle is executed; raises UserError that begins with `where` for all else.
     """
     if not path.is_file():
-        problem = "a folder; name the file in it" if path.is_dir() else "no such file"
+        problem = "a folder; name the file in it" if path.is_dir() else "no such file; name the file of the state dict"
         raise UserError(f"{where}: {path}: {problem}")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        raise UserError(f"{where}: {path} is empty; copy or download it again")
+    if start == ZIP and not zipfile.is_zipfile(path):
+        raise UserError(f"{where}: {path} is cut short; copy or download it again")
     if (program := _program(path)) is not None:
         raise UserError(
             f"{where}: {path} is a whole program and no state dict; as a teacher it is teacher.architecture={program} "
@@ -122,7 +131,9 @@ def read_state(path: Path, where: str) -> dict[str, Tensor]:
         try:
             return safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
-            raise UserError(f"{where}: {path} is not a safetensors file, or is truncated: {error}") from None
+            raise UserError(
+                f"{where}: {path} is not a safetensors file, or is truncated ({error}); copy or download it again"
+            ) from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle make the reader fail in any way

@@ -58,7 +58,7 @@ def check(recipe: Recipe, *, json_file: Path | None = None, progress: bool = Tru
     judgement = judge(readings)
     best = judgement.reading if judgement is not None else readings[0]
     order = None if known is None else better_order(best.look.probabilities, known, teacher.classes)
-    words = findings(recipe, readings[0], judgement, order, known)
+    words = findings(recipe, readings, judgement, order, known)
     sound = judgement is None and order is None
     if json_file is not None:
         _write(json_file, _figures(recipe, readings, asked, dropped, judgement, order, words, sound))

@@ -3,12 +3,14 @@
 import json
 import shlex
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from diffdfkd.engine.class_names import plain
 from diffdfkd.engine.class_order import Order
 from diffdfkd.engine.recipe import Recipe
-from diffdfkd.engine.sanity import NEAR, Judgement, Reading, above_chance, unrecognised
+from diffdfkd.engine.sanity import CLEARLY, NEAR, SIGNIFICANT, Judgement, Reading, above_chance, unrecognised
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,9 +32,17 @@ class Finding:
 
 
 def findings(
-    recipe: Recipe, declared: Reading, judgement: Judgement | None, order: Order | None, asked: "Tensor | None"
+    recipe: Recipe,
+    readings: Sequence[Reading],
+    judgement: Judgement | None,
+    order: Order | None,
+    asked: "Tensor | None",
 ) -> list[Finding]:
-    """A paragraph each; ``asked`` [N] are the images' classes, None where one prompt serves all classes."""
+    """A paragraph each; ``asked`` [N] are the images' classes, None where one prompt serves all classes.
+
+    Of the readings the first is that of the declared preprocessing.
+    """
+    declared = readings[0]
     prompted = asked is not None
     found = []
     if judgement is not None:
@@ -59,6 +69,19 @@ def findings(
                     f"enough, two of which could be exchanged unseen: {', '.join(names)}."
                 )
             )
+    if prompted and order is None and (unlike := _other_words(recipe)):
+        found.append(
+            Finding(
+                "Images are asked for by synthesis.words, and it is their order that is judged. Whether it is that of "
+                f"teacher.classes is for you to compare, where they are no forms of the names: {', '.join(unlike)}."
+            )
+        )
+    if judgement is None and (turned := _turned(readings)) is not None and not _told_apart(declared, turned):
+        found.append(
+            Finding(
+                "Not judged is whether the teacher takes RGB or BGR: these images fit it about equally well either way."
+            )
+        )
     if (reason := declared.look.unreadable) is not None:
         found.append(
             Finding(
@@ -67,6 +90,37 @@ def findings(
             )
         )
     return found
+
+
+def _other_words(recipe: Recipe) -> list[str]:
+    """Classes beside the words that they are drawn by, where neither is a part of the other."""
+    pairs = zip(recipe.teacher.classes, recipe.synthesis.words or recipe.teacher.classes, strict=True)
+    known = ((name, word, plain(name), plain(word)) for name, word in pairs)
+    return [f"{name} by {word}" for name, word, one, other in known if one not in other and other not in one]
+
+
+def _turned(readings: Sequence[Reading]) -> Reading | None:
+    """The reading with the declared preprocessing in the other channel order; None of grey teachers."""
+    declared = readings[0].hypothesis.preprocessing
+    for reading in readings[1:]:
+        changes = reading.hypothesis.changes
+        if "teacher.channel_order" in changes and reading.hypothesis.preprocessing.size == declared.size:
+            own = reading.hypothesis.preprocessing
+            if (own.mean, own.std) in ((declared.mean, declared.std), (declared.mean[::-1], declared.std[::-1])):
+                return reading
+    return None
+
+
+def _told_apart(declared: Reading, turned: Reading) -> bool:
+    """Whether statistics or answers speak for the declared order against the other."""
+    known = declared.distance is not None and turned.distance is not None
+    if known and (turned.distance or 0.0) >= CLEARLY * (declared.distance or 0.0) > 0:
+        return True
+    if declared.hits is None or turned.hits is None:
+        return False
+    lost = int((declared.hits & ~turned.hits).sum()) - int((turned.hits & ~declared.hits).sum())
+    differing = int((declared.hits != turned.hits).sum())
+    return lost > SIGNIFICANT * differing**0.5
 
 
 def _nothing(recipe: Recipe, declared: Reading, recognised: bool) -> Finding:

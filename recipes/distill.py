@@ -34,6 +34,8 @@ def distill(recipe: Recipe, images: Path | None = None, *, progress: bool = True
     from diffdfkd.engine.distillation import distill as train
     from diffdfkd.engine.journal import Journal
 
+    if images is not None and (images / "recipe.yaml").is_file() and (images / "synthetic").is_dir():
+        images = images / "synthetic"  # a run, whose previews and reports are no images to learn from
     with claim(recipe, prior=images is None, images=images) as folder:
         recipe = folder.recipe
         use_device(recipe)

@@ -1,6 +1,5 @@
 """The plan of a run and what is missing for it, before anything is made: ``diffdfkd run RECIPE --dry-run``."""
 
-import json
 import os
 import textwrap
 from collections.abc import Iterator
@@ -56,9 +55,14 @@ def _stock(items: list[Item]) -> Iterator[str]:
 def _machine(recipe: Recipe) -> tuple[str, str | None]:
     """The device and threads that a run would take, in words, and what keeps it from doing so."""
     from diffdfkd.recipes.launch import settle_machine
+    from diffdfkd.recipes.run_folder import begun
 
     try:
-        settled = settle_machine(recipe)
+        before = begun(Path(recipe.output))
+    except UserError:
+        before = None  # what is wrong with the folder stands above
+    try:
+        settled = settle_machine(recipe, before)
     except UserError as error:
         return recipe.device, str(error)
     note = ""
@@ -125,9 +129,13 @@ def _unet(recipe: Recipe, images: int) -> str:
 
 def _knows_scale(recipe: Recipe) -> bool:
     """Whether the UNet is told the guidance scale, and so needs no second half."""
+    from diffdfkd.engine.prior_files import read_json
+
     folder = prior_folder(recipe)
-    file = None if folder is None else folder / "unet" / "config.json"
-    return file is not None and file.is_file() and bool(json.loads(file.read_text()).get("time_cond_proj_dim"))
+    try:
+        return folder is not None and bool(read_json(folder / "unet" / "config.json").get("time_cond_proj_dim"))
+    except UserError:
+        return False  # what is wrong with the file stands above
 
 
 def _guidance(recipe: Recipe, images: int) -> str:

@@ -56,20 +56,30 @@ def prior_folder(recipe: Recipe) -> Path | None:
 
 
 def _prior(recipe: Recipe) -> Item:
-    from diffdfkd.engine.prior_files import component_classes, find_weights, read_json, read_scheduler_config
+    from diffdfkd.engine.prior import load_tokenizer
+    from diffdfkd.engine.prior_files import (
+        component_classes,
+        find_prior,
+        find_weights,
+        read_json,
+        read_scheduler_config,
+    )
     from diffdfkd.engine.schedule import late_start, make_table
 
     prior, about = recipe.prior, recipe.about.prior
     folder, local = prior_folder(recipe), Path(prior.path).is_dir()
     command = None if local else _download(prior.path, prior.revision, _HUB_GLOBS)
+    if Path(prior.path).is_file():
+        find_prior(prior)  # which says what the file is
     if folder is None:
         return Item("prior", None, _nowhere(prior.path, prior.revision, about, "prior"), command)
     try:
         classes = component_classes(folder)
         variants = {find_weights(folder, component) for component in ("unet", "vae", "text_encoder")}
+        scheduler = read_scheduler_config(folder)
+        load_tokenizer(folder)
     except UserError as error:
         return Item("prior", None, str(error), command)
-    scheduler = read_scheduler_config(folder)
     doubt = late_start(make_table(recipe.synthesis.sampler, scheduler, recipe.synthesis.steps), scheduler)
     unet = read_json(folder / "unet" / "config.json")
     halves = ", half-precision files" if "fp16" in variants else ""
@@ -102,7 +112,7 @@ def _teacher(recipe: Recipe) -> Item:
     teacher = recipe.teacher
     if teacher.weights is None:
         return Item("teacher.weights", None, "the recipe names none; name the file with the teacher's state dict")
-    if not Path(teacher.weights).is_file():
+    if not Path(teacher.weights).exists():
         if teacher.architecture not in ("exported", "torchscript"):
             # The architecture and its options, at least.
             build_model(teacher.architecture, teacher.options, teacher.channels, len(teacher.classes), field="teacher")
@@ -152,7 +162,7 @@ def _images(recipe: Recipe) -> Item:
 
 
 def _output(recipe: Recipe) -> Item:
-    from diffdfkd.recipes.run_folder import holds_run
+    from diffdfkd.recipes.run_folder import holds_run, in_use
 
     folder = Path(recipe.output)
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
@@ -160,10 +170,16 @@ def _output(recipe: Recipe) -> Item:
         return Item("output", None, f"{folder} cannot be written; choose another folder", verdict="REFUSED")
     try:
         if holds_run(recipe):
+            if in_use(folder):
+                problem = f"{folder} holds a run of this recipe that another process works on now; wait for it"
+                return Item("output", None, problem, verdict="REFUSED")
             return Item("output", f"{folder} holds a run of this recipe, which the command continues")
     except UserError as error:
         return Item("output", None, str(error), verdict="REFUSED")
-    return Item("output", f"{folder}, {'empty or of something else' if folder.is_dir() else 'to be made'}")
+    state = "to be made"
+    if folder.is_dir():
+        state = "empty" if not any(folder.iterdir()) else "which holds files of something else: they stay"
+    return Item("output", f"{folder}, {state}")
 
 
 def _cached(repository: str, revision: str | None) -> Path | None:

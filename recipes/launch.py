@@ -9,7 +9,12 @@ from diffdfkd.engine.recipe import Recipe
 def settle_machine(recipe: Recipe, before: Recipe | None = None) -> Recipe:
     """The recipe with device and threads chosen: as the run began, if it has, or else by what there is."""
     device = recipe.device if recipe.device != "auto" else before.device if before else _device()
-    _check_device(device)
+    if device == "cuda" and _device() != "cuda":
+        place = ", in another output folder" if before is not None else ""
+        raise UserError(
+            "device: cuda is asked for, but torch finds no usable GPU (`diffdfkd doctor` says what it finds); give "
+            f"device=cpu{place}"
+        )
     threads = recipe.threads or (before.threads if before else None) or machine_threads()
     return recipe.model_copy(update={"device": device, "threads": threads})
 
@@ -36,13 +41,6 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda is asked for, but torch finds no usable GPU; give device=cpu, in a new output")
 
 
 def machine_threads() -> int:

@@ -139,7 +139,7 @@ def _text(recipe: Recipe, content: dict[str, Any], folder: Path) -> str:
         [
             head,
             teacher,
-            _statistics(content, both),
+            _statistics(content, both, recipe.synthesis.batch_size),
             "the images\n" + table(["", ""], images).partition("\n")[2],
             *(alarms or ["no alarms"] if both else []),
             f"wrote {folder / 'preview.png'} and preview.json",
@@ -147,7 +147,7 @@ def _text(recipe: Recipe, content: dict[str, Any], folder: Path) -> str:
     )
 
 
-def _statistics(content: dict[str, Any], both: bool) -> str:
+def _statistics(content: dict[str, Any], both: bool, batch: int) -> str:
     if not content["layers"]:
         return "L_bn is not known: the teacher has no BatchNorm layers that can be read"
     rows = [["all, L_bn", "", "", _arrow_of(content["batchnorm"], ".3g", both)]]
@@ -158,7 +158,10 @@ def _statistics(content: dict[str, Any], both: bool) -> str:
     left_out = len(content["layers"]) - SHOWN_LAYERS
     more = f"\n  ... and {left_out} deeper layers, which preview.json lists" if left_out > 0 else ""
     heads = ["layer", "distance of means", "of variances", "both"]
-    return "how far the batch is from the teacher's BatchNorm statistics\n" + table(heads, rows, 40) + more
+    few = len(content["samples"])
+    larger = f" (a batch of {batch} is nearer)" if few < batch else ""
+    head = f"how far these {few} images are from the teacher's BatchNorm statistics{larger}\n"
+    return head + table(heads, rows, 40) + more
 
 
 def _arrow(entry: dict[str, Any], name: str, form: str, both: bool) -> str:

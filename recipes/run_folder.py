@@ -142,6 +142,25 @@ def hold(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
+def begun(folder: Path) -> Recipe | None:
+    """The recipe of the run that the folder holds, as it is being run; None where there is none."""
+    if _frozen(folder) is None or _empty(folder):
+        return None
+    return load_recipe(folder / "recipe.yaml")
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process works on the folder at this moment; nothing is made or held."""
+    try:
+        lock = os.open(folder / ".lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return not _locked(lock)
+    finally:
+        os.close(lock)
+
+
 def holds_run(recipe: Recipe) -> bool:
     """Whether the recipe's output folder holds a run already, which the recipe continues; nothing is made or locked.
 

@@ -22,11 +22,13 @@ BY_CONTENT = {"prior.path": "prior", "teacher.weights": "teacher", "student.weig
 
 def file_digests(recipe: Recipe, *, prior: bool) -> dict[str, str]:
     """SHA-256 of the files that the recipe names; a hub id stands for itself with its commit."""
+    from diffdfkd.engine.prior_files import refuse_nowhere
     from diffdfkd.engine.weights import digest
 
     found = {}
     if prior:
         path = recipe.prior.path
+        refuse_nowhere(recipe.prior)
         found["prior"] = digest(path) if Path(path).is_dir() else f"{path}@{recipe.prior.revision}"
         for index, lora in enumerate(recipe.prior.loras):
             found[f"lora {index}"] = _lora_digest(lora, f"prior.loras.{index}")
@@ -37,7 +39,8 @@ def file_digests(recipe: Recipe, *, prior: bool) -> dict[str, str]:
         if not Path(weights).is_file():
             source = recipe.about.teacher if field == "teacher" else None
             cure = source or f"name the file with the {field}'s state dict"
-            raise UserError(f"{field}.weights: {weights}: no such file; {cure}")
+            problem = "a folder" if Path(weights).is_dir() else "no such file"
+            raise UserError(f"{field}.weights: {weights}: {problem}; {cure}")
         found[field] = digest(weights)
     return found
 

@@ -97,9 +97,13 @@ def test_pickles_of_plain_state_dicts_are_read_and_others_refused(tmp_path: Path
     torch.save(source, path)
     with pytest.raises(UserError, match="is not executed"):
         load_weights(model, path, field="student")
-    for rubbish in (b"not a pickle", b"", b"root:x:0:0:root", bytes(range(256))):
+    for rubbish in (b"not a pickle", b"root:x:0:0:root", bytes(range(256))):
         path.write_bytes(rubbish)
         with pytest.raises(UserError, match="is not executed"):
+            load_weights(model, path, field="student")
+    for broken, words in ((b"", "is empty"), (b"PK\x03\x04 and no more", "is cut short")):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=words):
             load_weights(model, path, field="student")
 
 

@@ -212,6 +212,11 @@ NUMBERS = [
     field("teacher.channels=2", "teacher.channels: got 2", "1 or 3"),
     field("teacher.std=[0]", "teacher.std.0: got 0", "greater than 0"),
     field("teacher.mean=[.nan]", "teacher.mean: got [nan]", "finite"),
+    field(
+        "synthesis.words=[Bag, T-shirt top, Coat, Shoe]",
+        "synthesis.words: Bag at place 0 would be drawn for the class T-shirt/top",
+        "is the name of the class at place 1",
+    ),
     field("teacher.mean=[127.5]", "teacher.mean: got [127.5]", "divide mean and std by 255"),
     field("teacher.std=[58.4]", "teacher.std: got [58.4]", "divide mean and std by 255"),
     field("synthesis.guidance_scale=1e38", "synthesis.guidance_scale: got ", "less than or equal to 1000"),

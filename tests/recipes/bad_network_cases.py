@@ -42,6 +42,12 @@ def hostile(file: Path) -> None:
     torch.save({"weight": Hostile(file.parent / "executed")}, file)
 
 
+def cut_archive(file: Path) -> None:
+    """A state dict of which half has arrived."""
+    torch.save({"weight": torch.zeros(1000)}, file)
+    file.write_bytes(file.read_bytes()[:2000])
+
+
 def whole_network(file: Path) -> None:
     torch.save(torch.nn.Linear(2, 2), file)
 
@@ -109,8 +115,20 @@ CASES = [
     Case(
         "nothing as weights",
         teacher(lambda file: file.write_bytes(b""), suffix=".pth"),
-        "teacher.weights: {folder}/teacher.pth",
-        ("safetensors",),
+        "teacher.weights: {folder}/teacher.pth is empty",
+        ("copy or download it again",),
+    ),
+    Case(
+        "torch's file cut",
+        teacher(cut_archive, suffix=".pth"),
+        "teacher.weights: {folder}/teacher.pth is cut short",
+        ("copy or download it again",),
+    ),
+    Case(
+        "name close to a package's",
+        given("student.architecture=torchvison:resnet18"),
+        "student.architecture: cannot import torchvison (did you mean torchvision?)",
+        (),
     ),
     Case(
         "pickle that runs code",

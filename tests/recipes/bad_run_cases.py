@@ -142,6 +142,12 @@ OTHER_RECIPE = [
     Case("other training", given("distillation.steps=5"), "distillation.steps: ", ("holds a student", "--images")),
     Case("another teacher", other_teacher, "teacher.weights: the files at {folder}/teacher.safetensors", ("another",)),
     Case("another prior", other_prior, "prior.path: the files at {folder}/prior", ("another output folder",)),
+    Case(
+        "a prior that is nowhere",
+        given("prior={folder}/nowhere"),
+        "prior.path: {folder}/nowhere: no such folder or file",
+        ("hub id",),
+    ),
     Case("other images", images_of_another, "output: {folder}/run holds a student of its own", ("another output",)),
 ]
 

@@ -7,7 +7,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from diffdfkd.engine import painter
+from diffdfkd.engine.architectures import ARCHITECTURES
 from diffdfkd.engine.class_order import better_order
+from diffdfkd.engine.classifier import Classifier, Preprocessing, build_classifier
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import load_recipe
 from diffdfkd.engine.sanity import hypotheses, judge, read
@@ -116,7 +118,6 @@ def test_an_unwritable_json_file_is_one_line(tiny_recipe, tmp_path):
 @pytest.fixture(scope="module")
 def demo():
     """The demo's teacher and 100 unguided images, at each of three seeds, with the classes asked for."""
-    from diffdfkd.engine.classifier import build_classifier
     from diffdfkd.engine.painter import Models
     from diffdfkd.recipes.check import _draw
     from diffdfkd.recipes.launch import settle_machine
@@ -134,7 +135,36 @@ def judged(recipe, teacher, images, asked, names=None):
     judgement = judge([reading for reading in readings if reading is not None])
     best = judgement.reading if judgement else readings[0]
     order = better_order(best.look.probabilities, asked, names or teacher.classes)
-    return judgement, order, findings(recipe, readings[0], judgement, order, asked)
+    return judgement, order, findings(recipe, readings, judgement, order, asked)
+
+
+@pytest.mark.parametrize("colourful", [False, True])
+def test_rgb_or_bgr_is_judged_only_where_the_images_tell(tiny_recipe, colourful):
+    """A teacher that remembers images of a reddish world, shown grey or reddish ones."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (60, 1, 28, 28), dtype=torch.uint8).expand(-1, 3, -1, -1).clone()
+    if colourful:
+        images[:, 2] //= 8
+    network = ARCHITECTURES["small_cnn"](channels=3, classes=4, width=8)
+    teacher = Classifier(network, Preprocessing(3, 28, (0.5,), (0.5,), "bilinear"), list("abcd"))
+    for _ in range(100):
+        network.train()(teacher.preprocessing(images.float() / 255))
+    teacher.eval()
+    recipe = load_recipe(tiny_recipe, ["teacher.channels=3"])
+    asked = torch.arange(60) % 4
+    assert recipe.teacher.channels == 3
+    texts = [finding.text for finding in judged(recipe, teacher, images, asked)[2]]
+    assert any("Not judged is whether the teacher takes RGB or BGR" in text for text in texts) != colourful
+
+
+def test_words_that_are_no_forms_of_the_names_are_left_to_the_reader(tiny_recipe):
+    words = "[a t-shirt, handbag, coat, sneaker]"
+    recipe = load_recipe(tiny_recipe, [f"synthesis.words={words}"])
+    teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher")
+    images, asked = torch.randint(0, 256, (40, 1, 28, 28), dtype=torch.uint8), torch.arange(40) % 4
+    _, order, found = judged(recipe, teacher, images, asked)
+    (text,) = (finding.text for finding in found if "synthesis.words" in finding.text and "compare" in finding.text)
+    assert order is None and text.endswith("the names: T-shirt/top by a t-shirt, <b>Shoe</b> by sneaker.")
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from diffdfkd.engine.recipe import load_recipe
 from diffdfkd.recipes import cli
 from diffdfkd.recipes.dry_run import dry_run
 from diffdfkd.recipes.run import load_classifiers
+from diffdfkd.recipes.run_folder import hold
 
 Finished = tuple[Path, dict[str, Any]]
 Plan = Callable[..., tuple[str, bool]]
@@ -135,6 +136,59 @@ def test_what_is_missing_is_named_with_its_source(plan: Plan, override: str, nam
     assert not complete
     assert f"{name} MISSING: {words}" in text
     assert text.endswith(f"MISSING {name}; nothing was made or fetched")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/config.json",
+        "vae/config.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json",
+        "tokenizer/tokenizer_config.json",
+    ],
+)
+@pytest.mark.parametrize("content", ["{", "", "[]"])
+def test_a_damaged_file_of_the_prior_is_named(
+    plan: Plan, tiny_prior: Path, tmp_path: Path, name: str, content: str
+) -> None:
+    copy = Path(shutil.copytree(tiny_prior, tmp_path / "damaged"))
+    (copy / name).write_text(content)
+    text, complete = plan(f"prior.path={copy}")
+    assert not complete and "again" in text
+    assert f"prior MISSING: {copy / name}: " in text or f"prior MISSING: {copy / 'tokenizer'}: " in text
+
+
+def test_a_file_or_folder_in_the_wrong_place_is_told_from_a_missing_one(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "sd.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"sd\.safetensors: a single-file checkpoint"):
+        plan(f"prior.path={tmp_path / 'sd.safetensors'}")
+    with pytest.raises(UserError, match=r"teacher\.weights: .*: a folder; name the file in it"):
+        plan(f"teacher.weights={tmp_path}")
+    text, complete = plan("teacher.weights=null")
+    assert not complete and "teacher.weights MISSING: the recipe names none" in text
+
+
+def test_a_run_that_goes_on_at_this_moment_is_not_ready(
+    plan: Plan, finished_run: Finished, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished_run[0], tmp_path / "copy"))
+    with hold(folder):
+        text, complete = plan(f"output={folder}")
+    assert not complete and f"output REFUSED: {folder} holds a run of this recipe that another process works on" in text
+    # Threads are those that the run began with, whatever the machine has.
+    written = folder / "recipe.yaml"
+    written.write_text(written.read_text().replace("\nthreads: 1\n", "\nthreads: 7\n"))
+    text, complete = plan(f"output={folder}", "threads=null")
+    assert complete and "device cpu, 7 CPU threads" in text
+
+
+def test_other_files_in_the_output_folder_are_mentioned(plan: Plan, tmp_path: Path) -> None:
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    assert "thesis, empty" in plan(f"output={folder}")[0]
+    (folder / "thesis.tex").write_text("")
+    assert "thesis, which holds files of something else: they stay" in plan(f"output={folder}")[0]
 
 
 def test_of_a_hub_prior_the_command_is_given_until_its_files_are_in_the_cache(plan: Plan, hub_copy: Path) -> None:
