@@ -19,6 +19,8 @@ Content = Mapping[str, Any]
 MOST_CLASSES = 20
 MOST_PAIRS = 6
 SHOWN_PIXELS = 64
+UNRELATED = 2**0.5
+"""Distance of two images that have nothing in common: the full length of a bar."""
 
 
 def diversity_section(folder: Path, result: Content) -> Part | None:
@@ -35,13 +37,13 @@ def diversity_section(folder: Path, result: Content) -> Part | None:
         rows.append(("Near-duplicates", f"{doubles.get('count', 0):,} ({percent(doubles.get('share'), 1)})"))
     by_class = zip(result.get("classes") or [], distance.get("per_class") or [], strict=False)
     measured = sorted((value, name) for name, value in by_class if value is not None)
-    lines = [(name, value, figure(value)) for value, name in measured[:MOST_CLASSES]]
+    lines = [(name, value, f"{value:.2f}") for value, name in measured[:MOST_CLASSES]]
     chart = ""
     if lines:
         which = f", the {MOST_CLASSES} lowest" if len(measured) > MOST_CLASSES else ", lowest first"
-        chart = f"<h3>Distance by class{which}</h3>{bars(lines, measured[-1][0])}"
+        chart = f"<h3>Distance by class{which}</h3>{bars(lines, max(measured[-1][0], UNRELATED))}"
     body = (
-        f'<p class="note">{escape(str(found.get("measure", "")))}</p>'
+        f'<p class="note">{escape(str(found.get("measure", "")))}.</p>'
         f'<div class="columns"><div>{facts(rows)}</div><div>{chart}</div></div>{_doubles(folder, doubles)}'
     )
     return Part("diversity", "Diversity", body)

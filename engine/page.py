@@ -75,14 +75,14 @@ svg polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke: va
 svg .s1 { stroke: var(--s1); } svg .s2 { stroke: var(--s2); } svg .s3 { stroke: var(--s3); }
 svg circle { fill: var(--s0); } svg .c1 { fill: var(--s1); } svg .c2 { fill: var(--s2); } svg .c3 { fill: var(--s3); }
 .bars { display: grid; gap: 6px; margin: 12px 0; max-width: 640px; }
-.bar { display: grid; grid-template-columns: minmax(84px, 130px) 1fr 76px; gap: 12px; align-items: center;
+.bar { display: grid; grid-template-columns: minmax(84px, 130px) 1fr 88px; gap: 12px; align-items: center;
   font-size: 13.5px; }
 .bar > span { overflow-wrap: anywhere; } .bar > span:last-child { text-align: right;
   font-variant-numeric: tabular-nums; }
 .bar i { height: 10px; background: var(--line); border-radius: 5px; overflow: hidden; }
 .bar b { display: block; height: 100%; background: var(--accent); border-radius: 5px; }
 .moves { display: grid; gap: 5px; margin: 12px 0; max-width: 780px; font-size: 13.5px; }
-.move { display: grid; grid-template-columns: minmax(110px, 220px) 1fr 112px 52px; gap: 12px; align-items: center; }
+.move { display: grid; grid-template-columns: minmax(110px, 220px) 1fr 124px 52px; gap: 12px; align-items: center; }
 .move > span { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 .move > span ~ span { text-align: right; } .move small { color: var(--muted); }
 .track { position: relative; height: 12px; margin: 0 6px; }
@@ -94,6 +94,13 @@ svg circle { fill: var(--s0); } svg .c1 { fill: var(--s1); } svg .c2 { fill: var
 .key { display: inline-block; width: 10px; height: 10px; border-radius: 50%; background: var(--s0); }
 .key.from { background: none; border: 2px solid var(--s1); }
 .scroll { overflow-x: auto; margin-top: 12px; }
+/* A shadow at an edge beyond which there is more; paper that scrolls along hides it at the end. */
+.scroll, .contents { background:
+  linear-gradient(to right, var(--paper) 30%, transparent) left / 44px 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 30%, transparent) right / 44px 100% no-repeat local,
+  linear-gradient(to right, var(--shade), transparent) left / 10px 100% no-repeat scroll,
+  linear-gradient(to left, var(--shade), transparent) right / 10px 100% no-repeat scroll, var(--paper);
+  --shade: color-mix(in srgb, var(--muted) 45%, transparent); }
 .scroll + .note { margin-top: 12px; }
 .plain th, .plain td { padding: 4px 18px 4px 0; text-align: right; white-space: nowrap; }
 .plain .word { text-align: left; } .plain th { font-weight: 400; color: var(--muted); }

@@ -180,7 +180,7 @@ def distill(
     overrides: Overrides = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="Any folder of images, sub-folders included, or of WebDataset .tar shards, or one .tar."),
+        typer.Option(help="A folder of images, sub-folders included, or of WebDataset .tar shards; one .tar; a run."),
     ] = None,
 ) -> None:
     """Only the student, from images that exist.

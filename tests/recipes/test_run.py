@@ -175,6 +175,14 @@ def test_a_damaged_student_is_never_handed_on(
         assert f"{name}.safetensors is made again: " in caplog.text
 
 
+def test_a_run_is_a_source_of_images_too(good_run: Path, good_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Its shards are, and not its previews; it is the same source as the folder of its shards."""
+    recipe = load_recipe(good_recipe, [f"output={tmp_path / 'new'}"])
+    first = distill(recipe, good_run, progress=False)
+    assert first is not None and first["images"] == 8
+    assert distill(recipe, good_run / "synthetic", progress=False) == first
+
+
 def test_lost_manifest_of_a_finished_run_is_written_again(
     copy: Path, tiny_recipe: Path, finished_run: Finished, made: Made
 ) -> None:
