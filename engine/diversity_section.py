@@ -12,7 +12,7 @@ from diffdfkd.engine.charts import bars
 from diffdfkd.engine.gallery import opened, reading_shard
 from diffdfkd.engine.page import Part, facts, picture
 from diffdfkd.engine.quantities import figure, percent
-from diffdfkd.engine.shards import Sidecar
+from diffdfkd.engine.shards import read_sidecar
 
 Content = Mapping[str, Any]
 
@@ -68,7 +68,7 @@ def _pictures(folder: Path, indices: set[int]) -> dict[int, bytes]:
     first = 0
     for sidecar in sorted((folder / "synthetic").glob("round-*/shard-*.json")):
         with reading_shard(sidecar):
-            count = Sidecar.model_validate_json(sidecar.read_bytes()).images
+            count = read_sidecar(sidecar).images
         wanted = {index - first: index for index in indices if first <= index < first + count}
         first += count
         if not wanted or not (tar := sidecar.with_suffix(".tar")).is_file():

@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.page import Part, picture
-from diffdfkd.engine.shards import Sidecar
+from diffdfkd.engine.shards import DamagedShard, read_sidecar
 
 Content = dict[str, Any]
 
@@ -32,7 +32,10 @@ def reading_shard(file: Path) -> Iterator[None]:
     try:
         yield
     # A broken PNG is a SyntaxError to PIL.
-    except (tarfile.TarError, OSError, SyntaxError, ValueError, AttributeError, Image.DecompressionBombError) as error:
+    except (
+        *(tarfile.TarError, OSError, SyntaxError, ValueError, AttributeError),
+        *(Image.DecompressionBombError, DamagedShard),
+    ) as error:
         raise UserError(
             f"{file}: damaged; give the command of the run again, which makes the shard anew ({error})"
         ) from None
@@ -41,8 +44,8 @@ def reading_shard(file: Path) -> Iterator[None]:
 @contextmanager
 def opened(path: Path) -> Iterator[tarfile.TarFile]:
     """The tar of a shard; UserError where it, or its sidecar, is damaged. Reading a cut tar may just end early."""
-    with reading_shard(file := path.with_suffix(".json")):
-        size = Sidecar.model_validate_json(file.read_bytes()).bytes
+    with reading_shard(path.with_suffix(".json")):
+        size = read_sidecar(path).bytes
     with reading_shard(path), tarfile.open(path, "r:") as tar:
         if path.stat().st_size != size:
             raise tarfile.ReadError(f"{path.stat().st_size} bytes, its sidecar says {size}")

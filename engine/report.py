@@ -130,6 +130,8 @@ def _cost(result: Content, account: Accounts) -> Part | None:
         stages["distillation"] = account.distillation_seconds
     if not stages:
         return None
+    if (rest := account.wall_seconds - sum(stages.values())) > 0.5:
+        stages["loading, and the rest"] = rest
     highest = max(stages.values())
     lines = [(name, seconds, duration(seconds)) for name, seconds in stages.items()]
     kind = {"rss": "resident memory of the process", "gpu_allocated": "allocated on the GPU"}.get(

@@ -270,6 +270,14 @@ def test_unfinished_run_shows_what_it_has(folder: Path) -> None:
     assert "On real images" not in text and "What guidance does" not in text
 
 
+def test_bars_of_the_cost_add_up_to_the_wall_time(folder: Path) -> None:
+    """9 seconds: 2.5 of synthesis, 1.5 of evaluation, and what no stage counts."""
+    with (folder / "metrics.jsonl").open("a") as journal:
+        journal.write('{"event": "end", "time": 9.0}\n')
+    words = " ".join(" ".join(Page(write_report(folder).read_text()).text).split())
+    assert "Cost evaluation 1.5 s synthesis 2.5 s loading, and the rest 5.0 s Wall time 9.0 s" in words
+
+
 def test_page_stays_small_with_large_images(folder: Path) -> None:
     noise = Image.frombytes("RGB", (512, 512), random.Random(0).randbytes(512 * 512 * 3))
     for name in ("u.png", "g.png"):

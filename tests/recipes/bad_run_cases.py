@@ -221,6 +221,12 @@ DAMAGED = [
         ("give the command of the run again",),
     ),
     Case(
+        "sidecar of other fields before a report",
+        damaged(holding("synthetic/round-000/shard-00000.json", "{}"), "report", "{folder}/run"),
+        "{folder}/run/synthetic/round-000/shard-00000.json: damaged",
+        ("give the command of the run again", "is not a sidecar: Field required)"),
+    ),
+    Case(
         "sidecar cut before an export",
         damaged(cut_sidecar, "export", "{folder}/run"),
         "{folder}/run/synthetic: shard-00000.json is not a sidecar",
