@@ -22,7 +22,7 @@ from diffdfkd.engine.programs import READERS, Program, load_program
 from diffdfkd.engine.recipe import ClassifierRecipe, TeacherRecipe
 from diffdfkd.engine.weights import load_weights
 
-FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+FACTORY = re.compile(r"[^\s.:/\\]+(\.[^\s.:/\\]+)*:[^\s.:]+")
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey: ITU-R BT.601, as in PIL and torchvision."""
@@ -179,8 +179,8 @@ def build_model(architecture: str, options: dict[str, Any], channels: int, class
     return _call(_import_factory(source, name, where), {"channels": channels, "classes": classes}, options, field)
 
 
-def _near(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+def _near(name: str, names: list[str], cutoff: float = 0.5) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=cutoff)
     return f" (did you mean {', '.join(near)}?)" if near else ""
 
 
@@ -195,7 +195,9 @@ def _import_factory(module: str, name: str, where: str) -> Callable[..., Any]:
     try:
         factory = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
-        near = _near(module, ["torchvision", "timm"])
+        # Not where a module of the user's own lacks something.
+        itself = isinstance(error, ModuleNotFoundError) and error.name == module
+        near = _near(module, ["torchvision", "timm"], cutoff=0.8) if itself else ""
         raise UserError(f"{where}: cannot import {module}{near} ({error}); install it, or run where it lies") from None
     finally:
         if added:

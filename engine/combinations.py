@@ -160,18 +160,24 @@ def round_samples(recipe: "Recipe", round: int) -> int:
 
 
 def _exchanged(words: list[str], classes: list[str]) -> Iterable[tuple[str, str]]:
-    """Words that are the name of another class than that at their place: the one list or the other is out of order."""
-    names = [plain(name) for name in classes]
-    for place, word in enumerate(map(plain, words)):
-        own = names[place]
+    """Words that are the names of other classes than those at their places: one of the lists is out of order.
+
+    One alone is a coincidence, as a gift is in English and in German.
+    """
+    place_of = {plain(name): place for place, name in enumerate(classes)}
+    found = []
+    for place, (word, name) in enumerate(zip(map(plain, words), map(plain, classes), strict=True)):
         # Part of its own name, too, it may be right: a crane that is a bird beside one that is a machine.
-        if word and word in names and word not in own and own not in word:
-            yield (
-                "synthesis.words",
-                f"{words[place]} at place {place} would be drawn for the class {classes[place]}, but is the name of "
-                f"the class at place {names.index(word)}; give both lists in the order of the teacher's outputs",
-            )
-            return
+        if word in place_of and word not in name and name not in word:
+            found.append((place, place_of[word]))
+    if len(found) > 1:
+        (place, other), more = found[0], len(found) - 1
+        yield (
+            "synthesis.words",
+            f"{words[place]} at place {place} would be drawn for the class {classes[place]}, but is the name of the "
+            f"class at place {other}, and so for {more} more; give both lists in the order of the teacher's outputs, "
+            f'or write the words otherwise where that is meant, as in "a {words[place]}"',
+        )
 
 
 def _no_image_left(recipe: "Recipe") -> Iterable[tuple[str, str]]:

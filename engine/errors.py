@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 CURES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room on its disk"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "let it be written"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "let it be read and written"),
     **dict.fromkeys(
         (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP),
         "take away what is in its place, a file, folder or link of another kind",

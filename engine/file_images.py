@@ -1,6 +1,7 @@
 """Labelled image files: one sub-folder a class, or a list of files with their labels."""
 
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -49,9 +50,11 @@ class FileImages:
     def _bytes(self, index: int) -> bytes:
         file = self._path / self._names[index]
         try:
-            if not file.is_file() and file.exists():
-                raise UserError(f"{file}: no plain file, and reading it could wait for ever; take it away")
-            return file.read_bytes()
+            # A pipe would otherwise be waited for at once.
+            with open(os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as stream:
+                if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                    raise UserError(f"{file}: no plain file, and reading it could wait for ever; take it away")
+                return stream.read()
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror}); put it back, or take it away") from None
 

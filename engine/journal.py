@@ -29,13 +29,26 @@ class _Session(_Event):
     seconds_before: float = 0
 
 
+class _Signs(BaseModel):
+    """As in `alarms.Signs`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    images: int
+    batchnorm: float | None
+    agreement: float
+    saturated: float
+    latents: float
+    distance: float | None
+
+
 class _Shard(_Event):
     round: int
     shard: int
     images: int
     seconds: float
     losses: Losses | None = None
-    signs: dict[str, float | None] | None = None
+    signs: _Signs | None = None
 
 
 class _Stage(_Event):

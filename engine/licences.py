@@ -44,8 +44,11 @@ def image_licences(path: Path) -> dict[str, str | None]:
     what was stated later, and the LoRAs; a folder of plain images says it in a file of its own. Raises UserError for a
     sidecar or such a file that is not whole: what it said may bind.
     """
-    if (path / IMAGES_FILE).is_file():
-        return _written(path / IMAGES_FILE)
+    if path.is_dir() and (files := sorted(path.rglob(IMAGES_FILE))):
+        written = [_written(file) for file in files]
+        if len(files) == 1:
+            return written[0]
+        return {f"{name}, folder {n}": licence for n, said in enumerate(written, 1) for name, licence in said.items()}
     from diffdfkd.engine.file_images import source_files
     from diffdfkd.engine.shards import SIDECAR, DamagedShard, read_sidecar
 

@@ -193,7 +193,10 @@ def _ratio(update: Update, configuration: Mapping[str, Any], file: Path, field: 
 def _matches(pattern: str, path: str, file: Path, field: str) -> bool:
     """Whether a key of PEFT's alpha_pattern means the layer; being a stranger's expression, it has to be simple."""
     where = f"{field}.path: {file}: alpha_pattern in its lora_adapter_metadata has {pattern[:100]}"
-    if len(pattern) > LONGEST_PATTERN or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+    # A layer's number is as good as a letter: it can be read in one way only.
+    plain = pattern.replace(r"\d+", "0")
+    choices, repeats = len(re.findall(r"[?|]", plain)), len(re.findall(r"[*+{]", plain))
+    if len(pattern) > LONGEST_PATTERN or re.search(r"\)[*+{]", plain) or choices > 8 or repeats > 3:
         raise UserError(f"{where}, which could take for ever to search for; save the LoRA with names of layers")
     try:
         return re.match(rf"(.*\.)?({pattern})$", path) is not None

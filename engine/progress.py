@@ -30,7 +30,8 @@ def progress_bar(total: int, description: str, *, unit: str, shown: bool, done: 
 
     Where it is not ``shown``, nothing is written.
     """
-    terminal = sys.stderr.isatty()
+    shown = shown and sys.stderr is not None  # as where a service closes it
+    terminal = shown and sys.stderr.isatty()
     return tqdm(
         total=total,
         initial=done,

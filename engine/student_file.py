@@ -46,7 +46,7 @@ def damage(path: Path) -> str | None:
         with safe_open(path, "pt") as file:
             written = (file.metadata() or {}).get(WEIGHTS)
         same = written is None or written == state_digest(load_file(path))
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         return f"not a safetensors file, or cut short ({error})"
     return None if same else "its weights are not those that were written"
 

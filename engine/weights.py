@@ -116,8 +116,11 @@ def read_state(path: Path, where: str) -> dict[str, Tensor]:
     if not path.is_file():
         problem = "a folder; name the file in it" if path.is_dir() else "no such file; name the file of the state dict"
         raise UserError(f"{where}: {path}: {problem}")
-    with path.open("rb") as file:
-        start = file.read(4)
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise UserError(f"{where}: {path} cannot be read ({error.strerror}); let it be read") from None
     if not start:
         raise UserError(f"{where}: {path} is empty; copy or download it again")
     if start == ZIP and not zipfile.is_zipfile(path):

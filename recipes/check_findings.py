@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WIDTH = 100
+SHOWN = 10
+"""Of a list of classes."""
 OTHER_RANGE = 20
 """Times by which the spread of the numbers must differ to be one of value range rather than of normalisation."""
 
@@ -73,7 +75,8 @@ def findings(
         found.append(
             Finding(
                 "Images are asked for by synthesis.words, and it is their order that is judged. Whether it is that of "
-                f"teacher.classes is for you to compare, where they are no forms of the names: {', '.join(unlike)}."
+                f"teacher.classes is for you to compare, where they are no forms of the names: "
+                f"{', '.join(unlike[:SHOWN])}{f' and {len(unlike) - SHOWN} more' if len(unlike) > SHOWN else ''}."
             )
         )
     if judgement is None and (turned := _turned(readings)) is not None and not _told_apart(declared, turned):

@@ -84,21 +84,23 @@ def no_better_than_a_guess(evaluation: "Evaluation", classes: int) -> str | None
     """A word about a teacher or student that may be guessing, as far as the test images can tell; None about others."""
     from diffdfkd.engine.evaluation import wilson_interval
 
-    def guesses(accuracy: float | None) -> bool:
+    def doubt(accuracy: float | None) -> str | None:
         share, count = accuracy, evaluation.images
-        return share is not None and wilson_interval(round(share * count), count)[0] <= 1 / classes
+        if share is None or wilson_interval(round(share * count), count)[0] > 1 / classes:
+            return None
+        guess = f"a guess among {classes} classes"
+        tells = f"no better than {guess}" if share <= 1 / classes else f"which so few cannot tell from {guess}"
+        return f"right on {share:.1%} of {count:,} images, {tells}"
 
-    images = f"of {evaluation.images:,} images, no better than a guess among {classes} classes"
-    if guesses(evaluation.teacher_accuracy):
+    if (words := doubt(evaluation.teacher_accuracy)) is not None:
         return (
-            f"evaluation.images: the teacher is right on {evaluation.teacher_accuracy:.1%} {images}, and the student "
-            "learns from it: do teacher.classes stand in the order of its outputs, are mean, std and size its own, and "
-            "are the labels right? `diffdfkd check` looks into the first two"
+            f"evaluation.images: the teacher is {words}. Do teacher.classes stand in the order of its "
+            "outputs, are mean, std and size its own, are the labels right? `diffdfkd check` looks into the first two"
         )
-    if guesses(evaluation.accuracy):
+    if (words := doubt(evaluation.accuracy)) is not None:
         return (
-            f"evaluation.images: the student is right on {evaluation.accuracy:.1%} {images}: more distillation.steps, "
-            "another distillation.learning_rate, or a look at the images (`diffdfkd preview`)"
+            f"evaluation.images: the student is {words}. Try more distillation.steps, another "
+            "distillation.learning_rate, or a look at the images (`diffdfkd preview`)"
         )
     return None
 

@@ -59,10 +59,10 @@ def _prior(recipe: Recipe) -> Item:
     from diffdfkd.engine.prior import load_tokenizer
     from diffdfkd.engine.prior_files import (
         component_classes,
-        find_prior,
         find_weights,
         read_json,
         read_scheduler_config,
+        refuse_nowhere,
     )
     from diffdfkd.engine.schedule import late_start, make_table
 
@@ -70,7 +70,7 @@ def _prior(recipe: Recipe) -> Item:
     folder, local = prior_folder(recipe), Path(prior.path).is_dir()
     command = None if local else _download(prior.path, prior.revision, _HUB_GLOBS)
     if Path(prior.path).is_file():
-        find_prior(prior)  # which says what the file is
+        refuse_nowhere(prior)
     if folder is None:
         return Item("prior", None, _nowhere(prior.path, prior.revision, about, "prior"), command)
     try:
@@ -168,11 +168,10 @@ def _output(recipe: Recipe) -> Item:
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return Item("output", None, f"{folder} cannot be written; choose another folder", verdict="REFUSED")
+    if in_use(folder):
+        return Item("output", None, f"{folder}: another process works on it now; wait for it", verdict="REFUSED")
     try:
         if holds_run(recipe):
-            if in_use(folder):
-                problem = f"{folder} holds a run of this recipe that another process works on now; wait for it"
-                return Item("output", None, problem, verdict="REFUSED")
             return Item("output", f"{folder} holds a run of this recipe, which the command continues")
     except UserError as error:
         return Item("output", None, str(error), verdict="REFUSED")

@@ -1,6 +1,7 @@
 """The training loop of each part of the prior: seeded steps, decay, averaged weights, resumable checkpoints."""
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.progress import progress_bar
 
 # (step's own generator) -> named losses, among them "loss", the one that is minimised
 LossFunction = Callable[[torch.Generator], dict[str, Tensor]]
@@ -62,8 +64,8 @@ def pretrain(model: nn.Module, loss_of: LossFunction, plan: Plan) -> Outcome:
 
     model.train()
     started = time.perf_counter()
-    bar = tqdm(range(first, plan.steps), initial=first, total=plan.steps, desc=plan.name, unit="step", mininterval=1.0)
-    for step in bar:
+    bar = progress_bar(plan.steps, plan.name, unit="steps", shown=sys.stderr.isatty(), done=first)
+    for step in range(first, plan.steps):
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate * learning_rate_factor(step, plan.steps)
         terms = loss_of(step_generator(plan.seed, plan.name, step))
@@ -98,6 +100,8 @@ def pretrain(model: nn.Module, loss_of: LossFunction, plan: Plan) -> Outcome:
                     "optimizer": optimizer.state_dict(),
                 },
             )
+        bar.update()
+    bar.close()
     seconds += time.perf_counter() - started if first < plan.steps else 0.0
     model.load_state_dict(average, strict=False)
     model.eval()

@@ -150,7 +150,7 @@ def begun(folder: Path) -> Recipe | None:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process works on the folder at this moment; nothing is made or held."""
+    """Whether a process works on the folder at this moment; nothing is made, and the lock given back."""
     try:
         lock = os.open(folder / ".lock", os.O_RDWR)
     except OSError:

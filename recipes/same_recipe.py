@@ -37,10 +37,12 @@ def file_digests(recipe: Recipe, *, prior: bool) -> dict[str, str]:
         if weights is None:
             continue
         if not Path(weights).is_file():
-            source = recipe.about.teacher if field == "teacher" else None
-            cure = source or f"name the file with the {field}'s state dict"
-            problem = "a folder" if Path(weights).is_dir() else "no such file"
-            raise UserError(f"{field}.weights: {weights}: {problem}; {cure}")
+            if Path(weights).is_dir():
+                raise UserError(f"{field}.weights: {weights}: a folder; name the file in it")
+            cure = f"name the file with the {field}'s state dict"
+            if field == "teacher" and recipe.about.teacher:
+                cure = recipe.about.teacher
+            raise UserError(f"{field}.weights: {weights}: no such file; {cure}")
         found[field] = digest(weights)
     return found
 

@@ -127,6 +127,8 @@ def test_torchvision_and_own_factories(tmp_path: Path, monkeypatch: pytest.Monke
     )
     monkeypatch.chdir(tmp_path)
     assert student("own_networks:plain")(torch.rand(2, 1, 16, 16)).shape == (2, 3)
+    (tmp_path / "2024-nets.py").write_text((tmp_path / "own_networks.py").read_text())  # which `import` could not name
+    assert student("2024-nets:plain")(torch.rand(2, 1, 16, 16)).shape == (2, 3)
     with pytest.raises(UserError, match=r"fails on a 1x16x16 image: mat1 and mat2"):
         student("own_networks:plain", options={"size": 4})
     with pytest.raises(UserError, match=r"student.options.width: unknown option; allowed: size"):
@@ -139,6 +141,10 @@ def test_torchvision_and_own_factories(tmp_path: Path, monkeypatch: pytest.Monke
         student("own_networks:absent")
     with pytest.raises(UserError, match="cannot import no_such_module"):
         student("no_such_module:network")
+    # A misspelt package is guessed at, what a module of one's own lacks is not.
+    (tmp_path / "vision.py").write_text("import torchvisions")
+    with pytest.raises(UserError, match=r"cannot import vision \(No module named 'torchvisions'\)"):
+        student("vision:network")
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth"])

@@ -1,9 +1,11 @@
 import json
+from dataclasses import fields
 
 import pytest
 
+from diffdfkd.engine.alarms import Signs
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.journal import Journal, read_journal
+from diffdfkd.engine.journal import Journal, _Signs, read_journal
 
 
 def test_events_come_back_in_order_across_two_runs(tmp_path):
@@ -56,6 +58,7 @@ def test_a_damaged_line_in_the_middle_is_not_hidden(tmp_path):
         ('{"event": "stage", "time": 1, "stage": "export", "seconds": null}', " (seconds)"),
         ('{"event": "session", "time": 1, "seconds_before": []}', " (seconds_before)"),
         ('{"event": "shard", "time": 1, "round": 0, "shard": 0, "images": 1, "seconds": 1, "losses": 3}', " (losses)"),
+        ('{"event": "shard", "time": 1, "round": 0, "shard": 0, "images": 1, "seconds": 1, "signs": {}}', " (signs)"),
         ('{"event": "alarm", "time": 1, "kind": "saturation", "message": null}', " (message)"),
         ('{"event": "distillation", "time": 1, "seconds": "long"}', " (seconds)"),
         ("[" * 100_000, ""),
@@ -67,6 +70,10 @@ def test_a_line_of_another_form_is_named_by_its_field(tmp_path, line, field):
     with pytest.raises(UserError) as refused:
         read_journal(path)
     assert str(refused.value).startswith(f"{path}: line 2 is damaged{field}; take the line out")
+
+
+def test_signs_are_those_of_the_alarms():
+    assert list(_Signs.model_fields) == [field.name for field in fields(Signs)]
 
 
 def test_lines_are_strict_json(tmp_path):

@@ -108,6 +108,7 @@ def test_several_in_order_and_alpha_of_each_layer(tiny_sd1: Path, lora_writer: W
         {"conv1": 2, r"mid_block\..*": 5},  # of several that match the first counts
         {r"mid_block\..*": 5, "conv1": 2},
         {r"^down_blocks\..*\.to_q": 5},
+        {r".*\.attentions\.\d+\.transformer_blocks\.\d+\..*to_(q|k)": 5},
         {"mid_block": 3, "onv1": 4},  # neither is a whole name
     ],
 )
@@ -280,6 +281,8 @@ def test_patterns_that_are_none_are_refused(tiny_sd1: Path, lora_writer: Writer,
         ("(", "which is no regular expression"),
         ("(a+)+b", "which could take for ever"),
         (".*.*.*.*b", "which could take for ever"),
+        (".?" * 40 + "Z", "which could take for ever"),
+        ("(.|.)" * 20 + "Z", "which could take for ever"),
         ("a" * 301, "which could take for ever"),
     ],
 )

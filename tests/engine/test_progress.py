@@ -43,6 +43,13 @@ def test_a_terminal_gets_one_line_that_changes(monkeypatch):
     assert text.count("\r") > 1 and "100/100" in text and "images/s" in text
 
 
+def test_a_process_without_standard_error_goes_on(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    for shown in (True, False):
+        with progress_bar(2, "synthesis", unit="images", shown=shown) as bar:
+            bar.update(2)
+
+
 @pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
 def test_nothing_where_it_is_not_shown(monkeypatch, stream):
     assert drawn(monkeypatch, stream, every=0, shown=False) == "alarm\n"

@@ -151,6 +151,17 @@ def test_a_changed_bit_is_found(file: Path) -> None:
     assert damage(headed(file, weights_sha256=None)) is None
 
 
+def test_a_disk_that_fails_is_no_damage(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a whole snapshot would be thrown away for a moment without the network."""
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("diffdfkd.engine.student_file.safe_open", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        damage(file)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x04pickle", "truncated"])
 def test_other_files_are_refused(file: Path, content: bytes | str) -> None:
     file.write_bytes(content if isinstance(content, bytes) else file.read_bytes()[:-5])

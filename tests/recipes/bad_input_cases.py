@@ -215,7 +215,7 @@ NUMBERS = [
     field(
         "synthesis.words=[Bag, T-shirt top, Coat, Shoe]",
         "synthesis.words: Bag at place 0 would be drawn for the class T-shirt/top",
-        "is the name of the class at place 1",
+        "is the name of the class at place 1, and so for 1 more",
     ),
     field("teacher.mean=[127.5]", "teacher.mean: got [127.5]", "divide mean and std by 255"),
     field("teacher.std=[58.4]", "teacher.std: got [58.4]", "divide mean and std by 255"),

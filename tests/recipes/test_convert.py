@@ -93,6 +93,11 @@ def test_licences_go_with_the_images(tmp_path: Path) -> None:
     convert(tars, tmp_path / "images")
     stated = image_licences(tmp_path / "images")
     assert stated == image_licences(tars) and set(stated.values()) == {"openrail", None}
+    # Also from where it is one of several.
+    convert(tars, tmp_path / "data" / "a")
+    assert image_licences(tmp_path / "data") == stated
+    convert(tars, tmp_path / "data" / "b")
+    assert image_licences(tmp_path / "data") == {f"{k}, folder {n}": v for n in (1, 2) for k, v in stated.items()}
     (tmp_path / "images" / "image-licences.json").write_text('{"images": 3}')
     with pytest.raises(UserError, match=r"images/image-licences\.json: damaged, .*convert the shards again"):
         image_licences(tmp_path / "images")

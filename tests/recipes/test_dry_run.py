@@ -155,8 +155,8 @@ def test_a_damaged_file_of_the_prior_is_named(
     copy = Path(shutil.copytree(tiny_prior, tmp_path / "damaged"))
     (copy / name).write_text(content)
     text, complete = plan(f"prior.path={copy}")
-    assert not complete and "again" in text
-    assert f"prior MISSING: {copy / name}: " in text or f"prior MISSING: {copy / 'tokenizer'}: " in text
+    file = copy / name if name != "tokenizer/tokenizer_config.json" else copy / "tokenizer"
+    assert not complete and re.search(rf"prior MISSING: {file}: .* again teacher ", text)
 
 
 def test_a_file_or_folder_in_the_wrong_place_is_told_from_a_missing_one(plan: Plan, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_run_that_goes_on_at_this_moment_is_not_ready(
     folder = Path(shutil.copytree(finished_run[0], tmp_path / "copy"))
     with hold(folder):
         text, complete = plan(f"output={folder}")
-    assert not complete and f"output REFUSED: {folder} holds a run of this recipe that another process works on" in text
+    assert not complete and f"output REFUSED: {folder}: another process works on it now" in text
     # Threads are those that the run began with, whatever the machine has.
     written = folder / "recipe.yaml"
     written.write_text(written.read_text().replace("\nthreads: 1\n", "\nthreads: 7\n"))

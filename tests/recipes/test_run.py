@@ -252,7 +252,8 @@ def test_killed_at_ten_random_moments(tmp_path: Path, tiny_recipe: Path, finishe
     [
         (0.1, 0.1, 10_000, 10, "the teacher is right on 10.0% of 10,000 images"),
         (0.0, 0.9, 50, 10, "the teacher is right on 0.0%"),  # as of two class orders that have nothing in common
-        (0.4, 0.9, 20, 4, "the teacher"),  # which 20 images cannot tell from a quarter
+        (0.4, 0.9, 20, 4, "the teacher is right on 40.0% of 20 images, which so few cannot tell from"),
+        (1.0, 1.0, 3, 2, "which so few cannot tell from"),
         (0.9, 0.1, 10_000, 10, "the student is right on 10.0% of 10,000 images"),
         (None, 0.1, 10_000, 10, "the student"),
         (0.12, 0.12, 10_000, 10, None),
