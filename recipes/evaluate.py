@@ -61,7 +61,7 @@ def evaluate(
         message = str(error)
         if message.startswith("student.weights: "):
             message = "--student: " + message.removeprefix("student.weights: ")
-        raise UserError(message) from error
+        raise UserError(f"{message}{_made_for(student)}") from error
     teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher") if recipe.teacher.weights else None
     figures = asdict(
         judge(
@@ -79,6 +79,20 @@ def evaluate(
         except OSError as error:
             raise UserError(f"--json: {json_file} cannot be written ({error.strerror}); choose another file") from None
     return figures
+
+
+def _made_for(student: Path) -> str:
+    """What a run says in the header of its student's file, to be compared with the recipe; empty of other files."""
+    from diffdfkd.engine.model_card import described
+    from diffdfkd.engine.student_file import read_header
+
+    try:
+        header = read_header(student)
+    except UserError:
+        return ""
+    network = described(header["architecture"], header["options"])
+    channels, classes = header.get("channels"), len(header["classes"])
+    return f"; the file says that it is a {network} of {channels} channel(s) and {classes} classes"
 
 
 def summary(figures: dict[str, Any]) -> str:

@@ -337,7 +337,14 @@ JUDGED = [
     Case("student cut", judged(change=cut(STUDENT)), "--student: {folder}/run/" + STUDENT, ("truncated",)),
     Case("text as student", judged(change=holding(STUDENT, "text")), "--student: {folder}/run/" + STUDENT, ()),
     Case(
-        "student of another width", judged("student.options.width=4"), "--student: ", ("mis-shaped", "student.options")
+        "student of another width",
+        judged("student.options.width=4"),
+        "--student: ",
+        (
+            "mis-shaped",
+            "student.options",
+            "the file says that it is a small_cnn (width 2) of 1 channel(s) and 4 classes",
+        ),
     ),
     Case("no images to judge by", judged("--images", "/nowhere"), "--images: /nowhere: no such file or folder", ()),
     Case("no recipe's images", judged("evaluation.images=null"), "evaluation.images: ", ("--images",)),
