@@ -6,7 +6,7 @@ from typing import Any
 
 from diffdfkd.engine.charts import line_chart
 from diffdfkd.engine.page import Part, fold, table
-from diffdfkd.engine.quantities import NONE, figure, percent
+from diffdfkd.engine.quantities import NONE, counted, figure, percent
 
 Content = Mapping[str, Any]
 
@@ -136,7 +136,9 @@ def _by_class(preview: Content) -> str:
         for row in shown
     ]
     head = ("class", "confidence, unguided", "guided", "its answer, unguided", "guided")
+    images = ((preview.get("signs") or {}).get("unguided") or {}).get("images")
+    few = f", of the preview's {counted(images, 'image')} in all" if images else ""
     return (
         '<h3>What the teacher takes the images for</h3><p class="note">Its mean probability of the class that was '
-        f"asked for, and the share of images that it puts into that class.{rest}</p>{table(head, lines)}"
+        f"asked for, and the share of images that it puts into that class{few}.{rest}</p>{table(head, lines)}"
     )

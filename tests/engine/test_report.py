@@ -178,6 +178,7 @@ def folder(tmp_path: Path) -> Path:
         "batchnorm": {"unguided": 10.0, "guided": 4.0},
         "layers": layers,
         "by_class": [{"class": 1, "class_name": HOSTILE, **answers}],
+        "signs": {"unguided": {"images": 8}, "guided": None},
     }
     (preview / "preview.json").write_text(json.dumps(content))
     (tmp_path / "student").mkdir()
@@ -268,6 +269,10 @@ def test_unfinished_run_shows_what_it_has(folder: Path) -> None:
     Page(text)
     assert "not finished" in text and "What the student saw" in text
     assert "On real images" not in text and "What guidance does" not in text
+
+
+def test_shares_say_of_how_many_images_they_are(folder: Path) -> None:
+    assert "puts into that class, of the preview's 8 images in all." in write_report(folder).read_text()
 
 
 def test_bars_of_the_cost_add_up_to_the_wall_time(folder: Path) -> None:
