@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from diffdfkd.engine.alarms import Signs
 from diffdfkd.engine.charts import line_chart, thinned, tick_labels, ticks
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.gallery import PER_CLASS
@@ -178,7 +180,7 @@ def folder(tmp_path: Path) -> Path:
         "batchnorm": {"unguided": 10.0, "guided": 4.0},
         "layers": layers,
         "by_class": [{"class": 1, "class_name": HOSTILE, **answers}],
-        "signs": {"unguided": {"images": 8}, "guided": None},
+        "signs": {"unguided": asdict(Signs(8, 10.0, 0.5, 0.1, 1.0, None)), "guided": None},
     }
     (preview / "preview.json").write_text(json.dumps(content))
     (tmp_path / "student").mkdir()
