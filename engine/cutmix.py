@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import CutMixRecipe
-from diffdfkd.kernels.box import box_from_area, box_mask, box_share
+from diffdfkd.kernels.box import box_from_area, box_mask, box_share, check_boxes
 from diffdfkd.kernels.philox import CUTMIX, philox_uniform
 
 
@@ -97,6 +97,8 @@ def plan_cutmix(
         mask = box_mask(boxes[step], height, width)[:, 0]  # [B, h, w]
         owners = torch.where(mask, owners[partners[step]], owners)
     targets[steps] = targets[steps - 1]  # the last step never mixes
+    # Here, where it costs nothing, and not in the step, which reads the plan on the device.
+    check_boxes(boxes, partners, height, width)
     return CutMixPlan(
         partners=partners.to(device),
         boxes=boxes.to(device),

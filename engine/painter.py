@@ -96,7 +96,9 @@ class Painter:
         if guidance.mode != "none":
             self.taps = BatchNormTaps(models.teacher.model) if guidance.batchnorm_weight > 0 else None
             student = models.student if uses_student(recipe, round) else None
-            self.chain = guidance_chain(self.decode, models.teacher, self.taps, guidance, student)
+            self.chain = guidance_chain(
+                self.decode, models.teacher, self.taps, guidance, student, kernel=recipe.kernel
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -141,6 +143,7 @@ class Painter:
             chain=self.chain if guided else None,
             guidance=guidance,
             plan=plan,
+            kernel=recipe.kernel,
         )
         images, whole = self._finish(trajectory.latents)
         return Painting(

@@ -78,6 +78,9 @@ def synthesis_choices(
     }
     choices |= {field: content[field] for field in ("seed", "device", "threads")}
     choices |= {"prior.dtype": recipe.prior.dtype, "prior": prior_digest, "teacher": teacher_digest}
+    if recipe.kernel == "triton":
+        # The plain formulation goes without saying, as in shards that are older than the kernels.
+        choices["kernel"] = recipe.kernel
     if snapshot_digest is not None:
         choices["student"] = snapshot_digest
     return choices

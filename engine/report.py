@@ -143,7 +143,8 @@ def _cost(result: Content, account: Accounts) -> Part | None:
         ("Peak memory", f"{memory(account.peak_memory_mib)} ({kind})"),
     ]
     if "device" in result:
-        rows.append(("Device", f"{result['device']}, {counted(result.get('threads'), 'CPU thread')}"))
+        kernels = f", {result['kernel']} kernels" if "kernel" in result else ""
+        rows.append(("Device", f"{result['device']}, {counted(result.get('threads'), 'CPU thread')}{kernels}"))
     if "dropped" in result:
         rows.append(("Dropped samples", f"{result['dropped']} (not finite)"))
     body = f'<div class="columns"><div>{bars(lines, highest)}</div><div>{facts(rows)}</div></div>'

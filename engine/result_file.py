@@ -85,6 +85,8 @@ class Result(_Row):
     memory_kind: Literal["gpu_allocated", "rss"]
     device: str
     threads: int
+    kernel: str = "reference"
+    """Files older than the kernels do not say."""
     seed: int
     rounds: int
     distillation_steps: int

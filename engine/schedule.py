@@ -65,11 +65,10 @@ class Table:
     """The first z is this times unit noise."""
     sampler: str
     steps: int
-
-    @property
-    def noisy(self) -> bool:
-        """Whether the sampler draws noise at its steps."""
-        return self.sampler in ("ddpm", "lcm")
+    draws: tuple[bool, ...]
+    """Per step, whether it adds noise. On the host, as the next field, so that the loop need not ask the device."""
+    looks_back: tuple[bool, ...]
+    """Per step, whether it uses the x0 of the step before."""
 
 
 def make_table(
@@ -101,6 +100,8 @@ def make_table(
         initial_scale=initial_scale,
         sampler=sampler,
         steps=steps,
+        draws=tuple((rows[:, COLUMNS.index("noise")] != 0).tolist()),
+        looks_back=tuple((rows[:, COLUMNS.index("previous")] != 0).tolist()),
     )
 
 

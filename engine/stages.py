@@ -17,6 +17,7 @@ from diffdfkd.engine.inversion import adversarial_loss, batchnorm_loss, class_lo
 from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.kernels.launch import Kernel
 
 
 class Port(NamedTuple):
@@ -109,13 +110,15 @@ def guidance_chain(
     student: nn.Module | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    kernel: Kernel = "auto",
 ) -> Chain:
     """x0 [B, c, h, w], targets [B, K], alive [B] -> the gradient of n L with respect to x0.
 
     The gradient is that of n L, n the number of samples that count, so that its size does not depend on the batch.
     A sample that is not alive, or whose latent, image or logits are not finite, gets weight 0 in every loss term, and
     gradient 0. ``taps`` sit on ``teacher``; None without BatchNorm guidance. ``dtype`` is the arithmetic of the
-    networks; moments and losses are float32. Raises UserError when no term with a weight is left.
+    networks; moments and losses are float32. ``kernel`` is the form of L_bn and L_adv (kernels/launch.py). Raises UserError
+    when no term with a weight is left.
     """
     for network in (teacher, student):
         if network is not None and network.training:

@@ -4,149 +4,445 @@
     z'   = z z + x0 x0' + eps eps_hat + previous x0'_before + noise N     (coefficients: kernels/row.py)
     z'_b, x0'_b <- z'_p(b), x0'_p(b) inside the box of b                  (latent CutMix: signal and noise together)
 
-Mixing reads the partner's unmixed result, so that chains of partners never see a half-mixed latent. A sample that is
-not alive keeps z, and neither gives nor takes a patch. Per element: z (frozen samples and LCM), eps_hat, x0, x0'_before
-(multistep), g, noise are read; z', x0' and the doubled UNet input are written.
+A box holds what its partner would have been without CutMix, so that chains of partners never see a half-mixed latent:
+the kernel computes the partner's step again from the partner's own inputs, inside the box alone. A sample that is not
+alive keeps z, and neither gives nor takes a patch; who was to take one from it is not alive either, since the label
+that was planned for it would be wrong. Per element: eps_hat, x0, x0'_before (multistep), g, explicit noise, and z where
+it counts (LCM, samples that are not alive) are read; z', x0' (multistep) and the doubled UNet input are written.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from diffdfkd.kernels.box import box_mask
-from diffdfkd.kernels.row import named
+from diffdfkd.kernels.launch import Kernel, Launch, check_floats, power_of_two, settle_kernel
+from diffdfkd.kernels.memory_format import is_channels_last, is_crossed, pixel_of, place
+from diffdfkd.kernels.philox import STEP_NOISE, normal_at, normal_run, philox_normal, signed_words
+from diffdfkd.kernels.predict import Prediction, check_latents, tiling
+from diffdfkd.kernels.rho import RULES, step_size, step_size_reference
+from diffdfkd.kernels.row import (
+    EPS,
+    INPUT_SCALE,
+    N_COLUMNS,
+    NOISE,
+    PREVIOUS,
+    X0,
+    X0_M,
+    Z,
+    check_table,
+    row_at,
+)
+from diffdfkd.kernels.step import Draw, Guidance, Mix, NextInput, check_step
+
+STREAM = tl.constexpr(STEP_NOISE)
 
 
 class Advance(NamedTuple):
     z: Tensor
     """[B, c, h, w] float32, latents of the next step."""
-    x0: Tensor
-    """[B, c, h, w] float32, guided and mixed clean latents: ``previous_x0`` of the next step."""
-
-
-def step_size(
-    rule: Literal["raw", "unit", "cfg"],
-    rho: float,
-    gradient_norm: Tensor,
-    x0_norm: Tensor,
-    guidance_norm: Tensor,
-    scale: Tensor | float,
-    row: Tensor,
-    *,
-    of: Literal["x0", "z"] = "x0",
-) -> Tensor:
-    """Step [B] along the gradient by the rho rules: rho | rho |x0| / |g| | rho w (sigma / alpha) |eps_c - eps_u| / |g|.
-
-    For an update of z (``of="z"``: modes exact and reuse) hand the norm of z in as ``x0_norm``; the last rule then has
-    no sigma / alpha. ``guidance_norm`` is that of `Prediction`. Zero where the gradient is zero or not finite.
-    """
-    if rule == "raw":
-        size = torch.full_like(gradient_norm, rho)
-    elif rule == "unit":
-        size = rho * x0_norm / gradient_norm
-    else:
-        # (sigma / alpha) |eps_c - eps_u| = |x0_c - x0_u| = |x0_m| |m_c - m_u|: finite at zero terminal SNR too.
-        coefficients = named(row)
-        factor = coefficients.x0_m if of == "x0" else coefficients.eps_m
-        size = rho * scale * factor.abs() * guidance_norm / gradient_norm
-    usable = (gradient_norm > 0) & torch.isfinite(gradient_norm) & torch.isfinite(size)
-    return torch.where(usable, size, 0.0)
+    x0: Tensor | None
+    """[B, c, h, w] float32, guided and mixed clean latents, ``previous_x0`` of the next step; None if not kept."""
+    alive: Tensor
+    """[B] bool: still finite, and mixed as planned."""
 
 
 def advance_reference(
     z: Tensor,
-    eps_hat: Tensor,
-    x0: Tensor,
+    prediction: Prediction,
     previous_x0: Tensor | None,
-    row: Tensor,
+    rows: Tensor,
+    step: Tensor,
+    alive: Tensor,
     *,
-    gradient: Tensor | None,
-    step_size: Tensor | None,
-    alive: Tensor | None,
-    noise: Tensor | None,
-    partners: Tensor | None,
-    boxes: Tensor | None,
-    out_input: Tensor | None,
-    next_input_scale: Tensor | float,
+    guidance: Guidance | None,
+    noise: Tensor | Draw | None,
+    mix: Mix | None,
+    next_input: NextInput | None,
+    keep_x0: bool,
+    frozen: Tensor | None,
 ) -> Advance:
-    coefficients = named(row)
-    z, x0 = z.float(), x0.float()
-    if gradient is not None and step_size is not None:
-        size = step_size[:, None, None, None]
+    now = step[1:]
+    row = row_at(rows, now)
+    z, x0 = z.float(), prediction.x0.float()
+    living = alive & torch.isfinite(prediction.x0_norm)
+    if guidance is not None:
+        living = living & guidance.finite
+        size = step_size_reference(
+            guidance.rule,
+            guidance.rho,
+            guidance.norm,
+            prediction.x0_norm,
+            prediction.guidance_norm,
+            guidance.scale,
+            row,
+        )[:, None, None, None]
         # Select, never multiply: a gradient that is not used may hold NaN.
-        x0 = x0 - torch.where(size != 0, size * gradient.float(), 0.0)
-    following = coefficients.z * z + coefficients.x0 * x0 + coefficients.eps * eps_hat.float()
+        x0 = x0 - torch.where(size != 0, size * guidance.gradient.float(), 0.0)
+    following = row.z * z + row.x0 * x0 + row.eps * prediction.eps_hat.float()
     if previous_x0 is not None:
-        following = following + coefficients.previous * previous_x0.float()
+        following = following + row.previous * previous_x0.float()
     if noise is not None:
-        following = following + coefficients.noise * noise.float()
-    if alive is not None:
-        living = alive[:, None, None, None]
-        following = torch.where(living, following, z)
-    if partners is not None and boxes is not None:
-        inside = box_mask(boxes, *z.shape[2:])
-        if alive is not None:
-            inside = inside & (alive & alive[partners])[:, None, None, None]
+        if isinstance(noise, Draw):
+            noise = philox_normal(noise.seed, noise.sample_ids, now, STEP_NOISE, tuple(z.shape[1:]))
+        following = following + row.noise * noise.float()
+    following = torch.where(living[:, None, None, None], following, z)
+    still = living
+    if mix is not None:
+        partners, boxes = mix.partners.index_select(0, now)[0], mix.boxes.index_select(0, now)[0]
+        mixed = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        inside = box_mask(boxes, *z.shape[2:]) & (living & living[partners])[:, None, None, None]
         following = torch.where(inside, following[partners], following)
         x0 = torch.where(inside, x0[partners], x0)
-    if out_input is not None:
-        batch = z.shape[0]
-        for start in range(0, out_input.shape[0], batch):
-            out_input[start : start + batch].copy_(following * next_input_scale)
-    return Advance(following, x0)
+        still = living & (living[partners] | ~mixed)
+    if frozen is not None:
+        frozen.index_add_(0, now, (alive & ~still).sum(dtype=frozen.dtype)[None])
+    following_step = (now + 1).clamp(max=len(rows) - 1)
+    if next_input is not None:
+        scaled = row_at(rows, following_step).input_scale * following
+        next_input.sample.unflatten(0, (-1, len(z))).copy_(scaled.expand(len(next_input.sample) // len(z), *z.shape))
+        next_input.timestep.copy_(next_input.timesteps.index_select(0, following_step).expand(len(next_input.timestep)))
+    step[0].copy_(step[1] + 1)
+    return Advance(following, x0 if keep_x0 else None, still)
+
+
+@triton.jit
+def _sample_state(
+    sample,
+    alive,
+    finite,
+    squares,
+    gradient_norm,
+    scale,
+    x0_m,
+    rho,
+    batch,
+    tiles,
+    TILES: tl.constexpr,
+    GUIDED: tl.constexpr,
+    RULE: tl.constexpr,
+):
+    """Whether a sample is alive, and its step size."""
+    tile = tl.arange(0, TILES)
+    parts = squares + sample * tiles + tile
+    x0_norm = tl.sqrt(tl.sum(tl.load(parts + batch.to(tl.int64) * tiles, mask=tile < tiles, other=0.0)))
+    living = (tl.load(alive + sample) != 0) & (x0_norm < float("inf"))
+    size = 0.0
+    if GUIDED:
+        living = living & (tl.load(finite + sample) != 0)
+        guidance_norm = x0_norm
+        if RULE == 2:
+            guidance_norm = tl.sqrt(tl.sum(tl.load(parts, mask=tile < tiles, other=0.0)))
+        size = step_size(
+            tl.load(gradient_norm + sample), x0_norm, guidance_norm, tl.load(scale + sample), x0_m, rho, RULE
+        )
+    return living, size
+
+
+@triton.jit
+def _stepped(
+    sample,
+    wanted,  # [BLOCK]
+    i,  # [BLOCK]
+    living,
+    size,
+    row,
+    now,
+    z,
+    x0,
+    eps_hat,
+    previous,
+    gradient,
+    noise,
+    sample_ids,
+    seed_low,
+    seed_high,
+    n,
+    channels,
+    pixels,
+    BLOCK: tl.constexpr,
+    GUIDED: tl.constexpr,
+    NOISY: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PREVIOUS_CROSSED: tl.constexpr,
+    GRADIENT_CROSSED: tl.constexpr,
+    NOISE_CROSSED: tl.constexpr,
+):
+    """z' and x0' [BLOCK] of a sample at its elements i, before CutMix."""
+    base = sample * n
+    clean = tl.load(x0 + base + i, mask=wanted, other=0.0)
+    if GUIDED:
+        # Not read where the step size is 0, so that a NaN there stays where it is.
+        at = base + place(i, channels, pixels, CHANNELS_LAST, GRADIENT_CROSSED)
+        sizes = tl.full([BLOCK], size, tl.float32)
+        clean -= sizes * tl.load(gradient + at, mask=wanted & (sizes != 0.0), other=0.0).to(tl.float32)
+    following = tl.load(row + X0) * clean
+    following += tl.load(row + EPS) * tl.load(eps_hat + base + i, mask=wanted, other=0.0)
+    if previous is not None:
+        at = base + place(i, channels, pixels, CHANNELS_LAST, PREVIOUS_CROSSED)
+        following += tl.load(row + PREVIOUS) * tl.load(previous + at, mask=wanted, other=0.0).to(tl.float32)
+    if NOISY:
+        strength = tl.load(row + NOISE)
+        if noise is not None:
+            at = base + place(i, channels, pixels, CHANNELS_LAST, NOISE_CROSSED)
+            following += strength * tl.load(noise + at, mask=wanted, other=0.0).to(tl.float32)
+        else:
+            identity = tl.load(sample_ids + sample)
+            if CHANNELS_LAST:
+                element = place(i, channels, pixels, CHANNELS_LAST, True)
+                following += strength * normal_at(element, now, identity, seed_low, seed_high, STREAM)
+            else:
+                first = tl.program_id(1) * (BLOCK // 4)
+                following += strength * normal_run(first, now, identity, seed_low, seed_high, STREAM, BLOCK)
+    by_z = tl.load(row + Z)
+    if (by_z != 0.0) | (living == 0):
+        old = tl.load(z + base + i, mask=wanted, other=0.0)
+        following = tl.where(living, following + by_z * old, old)
+    return following, clean
+
+
+@triton.jit
+def _advance_kernel(
+    z,  # [B, n] float32
+    x0,  # [B, n] float32
+    eps_hat,  # [B, n] float32
+    previous,  # [B, n] or None
+    gradient,  # [B, n] or None
+    noise,  # [B, n] or None
+    squares,  # [2, B, tiles] float32
+    gradient_norm,  # [B] float32
+    finite,  # [B] bool
+    scale,  # [B] float32
+    alive,  # [B] bool
+    rows,  # [S, N_COLUMNS] float32
+    step,  # [2] int32
+    sample_ids,  # [B] int64
+    partners,  # [S, B] int64
+    boxes,  # [S, B, 4] int32
+    timesteps,  # [S] float32
+    z_out,  # [B, n] float32
+    x0_out,  # [B, n] float32 or None
+    input_out,  # [B or 2B, n] or None
+    timestep_out,  # [B or 2B] float32
+    alive_out,  # [B] bool
+    frozen,  # [S] int32 or None
+    rho,
+    seed_low,
+    seed_high,
+    batch,
+    n,
+    channels,
+    pixels,
+    width,
+    tiles,
+    steps,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    RULE: tl.constexpr,
+    NOISY: tl.constexpr,
+    DOUBLED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PREVIOUS_CROSSED: tl.constexpr,
+    GRADIENT_CROSSED: tl.constexpr,
+    NOISE_CROSSED: tl.constexpr,
+    INPUT_CROSSED: tl.constexpr,
+):
+    GUIDED: tl.constexpr = gradient is not None
+    sample = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    now = tl.load(step + 1)
+    following_step = tl.minimum(now + 1, steps - 1)
+    row = rows + now * N_COLUMNS
+    x0_m = tl.load(row + X0_M)
+    i = tile * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = i < n
+
+    living, size = _sample_state(
+        sample, alive, finite, squares, gradient_norm, scale, x0_m, rho, batch, tiles, TILES, GUIDED, RULE
+    )
+    following, clean = _stepped(
+        sample, inside, i, living, size, row, now, z, x0, eps_hat, previous, gradient, noise, sample_ids, seed_low,
+        seed_high, n, channels, pixels, BLOCK, GUIDED, NOISY, CHANNELS_LAST, PREVIOUS_CROSSED, GRADIENT_CROSSED,
+        NOISE_CROSSED,
+    )  # fmt: skip
+    still = living
+    if partners is not None:
+        box = boxes + (now.to(tl.int64) * batch + sample) * 4
+        top, left, bottom, right = tl.load(box), tl.load(box + 1), tl.load(box + 2), tl.load(box + 3)
+        if (bottom > top) & (right > left):
+            partner = tl.load(partners + now.to(tl.int64) * batch + sample)
+            partner_living, partner_size = _sample_state(
+                partner, alive, finite, squares, gradient_norm, scale, x0_m, rho, batch, tiles, TILES, GUIDED, RULE
+            )
+            still = living & partner_living
+            pixel = pixel_of(i, channels, pixels, CHANNELS_LAST)
+            y, x = pixel // width, pixel % width
+            patch = inside & (y >= top) & (y < bottom) & (x >= left) & (x < right) & still
+            partner_following, partner_clean = _stepped(
+                partner, patch, i, partner_living, partner_size, row, now, z, x0, eps_hat, previous, gradient, noise,
+                sample_ids, seed_low, seed_high, n, channels, pixels, BLOCK, GUIDED, NOISY, CHANNELS_LAST,
+                PREVIOUS_CROSSED, GRADIENT_CROSSED, NOISE_CROSSED,
+            )  # fmt: skip
+            following = tl.where(patch, partner_following, following)
+            clean = tl.where(patch, partner_clean, clean)
+
+    own = sample * n + i
+    tl.store(z_out + own, following, mask=inside)
+    if x0_out is not None:
+        tl.store(x0_out + own, clean, mask=inside)
+    if input_out is not None:
+        scaled = (tl.load(rows + following_step * N_COLUMNS + INPUT_SCALE) * following).to(input_out.dtype.element_ty)
+        input_at = sample * n + place(i, channels, pixels, CHANNELS_LAST, INPUT_CROSSED)
+        tl.store(input_out + input_at, scaled, mask=inside)
+        if DOUBLED:
+            tl.store(input_out + batch.to(tl.int64) * n + input_at, scaled, mask=inside)
+    if tile == 0:
+        tl.store(alive_out + sample, still)
+        if frozen is not None:
+            tl.atomic_add(frozen + now, 1, mask=(tl.load(alive + sample) != 0) & (still == 0))
+        if input_out is not None:
+            timestep = tl.load(timesteps + following_step)
+            tl.store(timestep_out + sample, timestep)
+            if DOUBLED:
+                tl.store(timestep_out + batch + sample, timestep)
+        if tl.program_id(0) == 0:
+            tl.store(step, now + 1)
+
+
+def advance_launch(
+    z: Tensor,
+    prediction: Prediction,
+    previous_x0: Tensor | None,
+    rows: Tensor,
+    step: Tensor,
+    alive: Tensor,
+    *,
+    guidance: Guidance | None,
+    noise: Tensor | Draw | None,
+    mix: Mix | None,
+    next_input: NextInput | None,
+    keep_x0: bool,
+    frozen: Tensor | None,
+) -> tuple[Launch, Advance]:
+    """The kernel's call and the tensors that it will fill."""
+    batch, channels, height, width = z.shape
+    n = channels * height * width
+    block, warps = tiling(n)
+    tiles = prediction.squares.shape[2]
+    channels_last = is_channels_last("z", z)
+    for name in ("x0", "eps_hat"):
+        if is_crossed(f"prediction.{name}", getattr(prediction, name), z):
+            raise ValueError(f"prediction.{name}: not of the memory format of z; hand on what `predict` made from z")
+    explicit = noise if isinstance(noise, Tensor) else None
+    gradient = guidance.gradient if guidance is not None else None
+    inputs = next_input.sample if next_input is not None else None
+    check_floats(previous_x0=previous_x0, gradient=gradient, noise=explicit, sample=inputs)
+    crossed = {
+        f"{name}_CROSSED": tensor is not None and is_crossed(name.lower(), tensor, z)
+        for name, tensor in {
+            "PREVIOUS": previous_x0,
+            "GRADIENT": gradient,
+            "NOISE": explicit,
+            "INPUT": inputs,
+        }.items()
+    }
+    seed_low, seed_high = signed_words(noise.seed) if isinstance(noise, Draw) else (0, 0)
+    result = Advance(torch.empty_like(z), torch.empty_like(z) if keep_x0 else None, torch.empty_like(alive))
+    arguments: dict[str, Any] = {
+        "z": z,
+        "x0": prediction.x0,
+        "eps_hat": prediction.eps_hat,
+        "previous": previous_x0,
+        "gradient": gradient,
+        "noise": explicit,
+        "squares": prediction.squares,
+        "gradient_norm": guidance.norm if guidance is not None else None,
+        "finite": guidance.finite if guidance is not None else None,
+        "scale": guidance.scale if guidance is not None else None,
+        "alive": alive,
+        "rows": rows,
+        "step": step,
+        "sample_ids": noise.sample_ids if isinstance(noise, Draw) else None,
+        "partners": mix.partners if mix is not None else None,
+        "boxes": mix.boxes if mix is not None else None,
+        "timesteps": next_input.timesteps if next_input is not None else None,
+        "z_out": result.z,
+        "x0_out": result.x0,
+        "input_out": inputs,
+        "timestep_out": next_input.timestep if next_input is not None else None,
+        "alive_out": result.alive,
+        "frozen": frozen,
+        "rho": float(guidance.rho) if guidance is not None else 0.0,
+        "seed_low": seed_low,
+        "seed_high": seed_high,
+        "batch": batch,
+        "n": n,
+        "channels": channels,
+        "pixels": height * width,
+        "width": width,
+        "tiles": tiles,
+        "steps": len(rows),
+    }
+    constants = {
+        "BLOCK": block,
+        "TILES": power_of_two(tiles),
+        "RULE": RULES.index(guidance.rule) if guidance is not None else 0,
+        "NOISY": noise is not None,
+        "DOUBLED": inputs is not None and len(inputs) == 2 * batch,
+        "CHANNELS_LAST": channels_last,
+        **crossed,
+    }
+    return Launch(_advance_kernel, (batch, -(-n // block)), arguments, constants, warps), result
 
 
 def advance(
     z: Tensor,
-    eps_hat: Tensor,
-    x0: Tensor,
+    prediction: Prediction,
     previous_x0: Tensor | None,
-    row: Tensor,
+    rows: Tensor,
+    step: Tensor,
+    alive: Tensor,
     *,
-    gradient: Tensor | None = None,
-    step_size: Tensor | None = None,
-    alive: Tensor | None = None,
-    noise: Tensor | None = None,
-    partners: Tensor | None = None,
-    boxes: Tensor | None = None,
-    out_input: Tensor | None = None,
-    next_input_scale: Tensor | float = 1.0,
+    guidance: Guidance | None = None,
+    noise: Tensor | Draw | None = None,
+    mix: Mix | None = None,
+    next_input: NextInput | None = None,
+    keep_x0: bool = False,
+    frozen: Tensor | None = None,
+    kernel: Kernel = "auto",
 ) -> Advance:
-    """Latents of the next step from z, eps_hat, x0 and the x0 kept by the step before, all [B, c, h, w].
+    """Latents of the next step from z [B, c, h, w], what `predict` made of it, and the x0 kept by the step before.
 
-    ``gradient`` [B, c, h, w] comes with ``step_size`` [B] (0: not guided); ``partners`` int64 [B] with ``boxes`` int32
-    [B, 4] (top, left, bottom, right; empty: not mixed). ``alive`` bool [B], all by default, must be false where x0 is
-    not finite. ``out_input`` [B or 2B, c, h, w] of any float dtype receives the next UNet input. Values of boxes and
-    partners are not read here: `box.check_boxes` does that once. Raises ValueError for shapes that do not fit.
+    The table's row is ``step[1]``; ``step[0]`` becomes the next. ``alive`` bool [B]. Without ``guidance``, ``noise``
+    (drawn, or numbers [B, c, h, w]) or ``mix`` the step has none. ``frozen`` int32 [S] counts, per step, the samples
+    that stopped being alive in it. Raises ValueError, before anything is written, for what does not fit together.
     """
-    batch = z.shape[0]
-    latents = {"eps_hat": eps_hat, "x0": x0, "previous_x0": previous_x0, "gradient": gradient, "noise": noise}
-    for name, tensor in latents.items():
-        if tensor is not None and tensor.shape != z.shape:
-            raise ValueError(f"{name}: got {tuple(tensor.shape)}; latents are {tuple(z.shape)}")
-    vectors = {"step_size": (step_size, (batch,)), "alive": (alive, (batch,)), "partners": (partners, (batch,))}
-    for name, (tensor, shape) in {**vectors, "boxes": (boxes, (batch, 4))}.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name}: got {tuple(tensor.shape)}; {shape} expected")
-    if (gradient is None) != (step_size is None):
-        raise ValueError("gradient and step_size: give both or neither")
-    if (partners is None) != (boxes is None):
-        raise ValueError("partners and boxes: give both or neither")
-    if out_input is not None and (out_input.shape[0] not in (batch, 2 * batch) or out_input.shape[1:] != z.shape[1:]):
-        raise ValueError(f"out_input: got {tuple(out_input.shape)} for latents {tuple(z.shape)}; B or 2B of them")
-    return advance_reference(
+    check_latents(z)
+    check_table(rows, step, z)
+    check_step(z, prediction, previous_x0, rows, alive, guidance, noise, mix, next_input, frozen)
+    form = advance_reference
+    if settle_kernel(kernel, z.device) == "triton":
+        form = advance_by_kernel
+    return form(
         z,
-        eps_hat,
-        x0,
+        prediction,
         previous_x0,
-        row,
-        gradient=gradient,
-        step_size=step_size,
-        alive=alive,
+        rows,
+        step,
+        alive,
+        guidance=guidance,
         noise=noise,
-        partners=partners,
-        boxes=boxes,
-        out_input=out_input,
-        next_input_scale=next_input_scale,
+        mix=mix,
+        next_input=next_input,
+        keep_x0=keep_x0,
+        frozen=frozen,
     )
+
+
+def advance_by_kernel(*tensors: Any, **options: Any) -> Advance:
+    launch, result = advance_launch(*tensors, **options)
+    launch.run()
+    return result

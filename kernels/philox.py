@@ -12,6 +12,8 @@ import math
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 INITIAL_NOISE, STEP_NOISE, CUTMIX, LABELS = range(4)
@@ -41,11 +43,14 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
     return word0, word1, word2, word3
 
 
-def philox_integers(seed: int, sample_ids: Tensor, step: int, stream: int, n: int) -> Tensor:
-    """Integers int64 [B, n] in [0, 2**32) for the samples with the ids int64 [B]."""
+def philox_integers(seed: int, sample_ids: Tensor, step: int | Tensor, stream: int, n: int) -> Tensor:
+    """Integers int64 [B, n] in [0, 2**32) for the samples with the ids int64 [B].
+
+    A ``step`` that lives on the device, an integer tensor with one element, is not checked.
+    """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed: got {seed}; it must lie in [0, 2**64)")
-    if not 0 <= stream < 16 or not 0 <= step <= _MASK:
+    if not 0 <= stream < 16 or (isinstance(step, int) and not 0 <= step <= _MASK):
         raise ValueError(f"stream and step: got {stream} and {step}; they must lie in [0, 16) and [0, 2**32)")
     if sample_ids.dim() != 1 or sample_ids.dtype != torch.int64:
         raise ValueError(f"sample_ids: got {sample_ids.dtype} {tuple(sample_ids.shape)}; int64 [B] expected")
@@ -53,7 +58,7 @@ def philox_integers(seed: int, sample_ids: Tensor, step: int, stream: int, n: in
     block = torch.arange((n + 3) // 4, device=sample_ids.device)[None]  # [1, blocks]
     counter = torch.broadcast_tensors(
         block,
-        torch.full_like(block, step),
+        step.to(block.dtype).view(1, 1) if isinstance(step, Tensor) else torch.full_like(block, step),
         samples & _MASK,
         stream << 28 | samples >> 32,
     )
@@ -66,7 +71,7 @@ def philox_uniform(seed: int, sample_ids: Tensor, step: int, stream: int, n: int
     return philox_integers(seed, sample_ids, step, stream, n).double() * 2.0**-32
 
 
-def philox_normal(seed: int, sample_ids: Tensor, step: int, stream: int, shape: tuple[int, int, int]) -> Tensor:
+def philox_normal(seed: int, sample_ids: Tensor, step: int | Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers float32 [B, c, h, w], by Box-Muller on pairs of a block.
 
     The transform is computed in float64 and rounded, so that devices differ in the last bit at most.
@@ -79,3 +84,69 @@ def philox_normal(seed: int, sample_ids: Tensor, step: int, stream: int, shape: 
     angle = 2.0 * math.pi * uniform[:, 1::2]
     normal = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).flatten(1)
     return normal[:, :n].float().reshape(-1, *shape)
+
+
+def signed_words(seed: int) -> tuple[int, int]:
+    """Low and high 32 bits of a seed as int32, so that every seed is served by one compiled kernel."""
+    low, high = seed & _MASK, seed >> 32
+    return (low ^ 1 << 31) - (1 << 31), (high ^ 1 << 31) - (1 << 31)
+
+
+@triton.jit
+def philox_words(block, step, sample, seed_low, seed_high, STREAM: tl.constexpr):
+    """The four words uint32 of the blocks, as `philox_integers` numbers them: step int32, sample int64."""
+    block = block.to(tl.uint32)
+    zero = block * 0
+    return tl.philox_impl(
+        block,
+        zero + step.to(tl.uint32),
+        zero + (sample & 0xFFFFFFFF).to(tl.uint32),
+        zero + ((sample >> 32).to(tl.uint32) | (STREAM << 28)),
+        seed_low.to(tl.uint32, bitcast=True),
+        seed_high.to(tl.uint32, bitcast=True),
+    )
+
+
+@triton.jit
+def normal_pair(first, second):
+    """Box-Muller in float32: two independent normals from two words uint32."""
+    u = (first.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32
+    # The float32 nearest to a u near 1 has lost 1 - u, which the complement still holds: -log(1 - v) by its series.
+    v = ((first ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    series = v * (1.0 + v * (0.5 + v * (0.3333333333333333 + v * 0.25)))
+    radius = tl.sqrt(2.0 * tl.where(v < 0.015625, series, -tl.log(u)))
+    # The nearest quarter of a turn is exact in the word, which leaves an angle of at most pi / 4 for Taylor's series;
+    # the library's sine reduces angles of any size, for which it takes local memory.
+    quarter = (second + 0x20000000) >> 30
+    rest = (second - (quarter << 30)).to(tl.int32, bitcast=True)
+    angle = (rest.to(tl.float32) + 0.5) * 1.4629180792671596e-09  # 2 pi 2^-32
+    square = angle * angle
+    by_sine = 8.333333333333333e-3 + square * (-1.984126984126984e-4 + square * 2.7557319223985893e-6)
+    sine = angle * (1.0 + square * (-0.16666666666666666 + square * by_sine))
+    by_cosine = 0.041666666666666664 + square * (-1.388888888888889e-3 + square * 2.48015873015873e-5)
+    cosine = 1.0 + square * (-0.5 + square * by_cosine)
+    swapped = quarter % 2 == 1
+    x, y = tl.where(swapped, sine, cosine), tl.where(swapped, cosine, sine)
+    x = tl.where((quarter == 1) | (quarter == 2), -x, x)
+    y = tl.where(quarter >= 2, -y, y)
+    return radius * x, radius * y
+
+
+@triton.jit
+def normal_run(first_block, step, sample, seed_low, seed_high, STREAM: tl.constexpr, BLOCK: tl.constexpr):
+    """Normals [BLOCK] of consecutive elements from 4 * first_block on: four elements a Philox block."""
+    block = first_block + tl.arange(0, BLOCK // 4)
+    word0, word1, word2, word3 = philox_words(block, step, sample, seed_low, seed_high, STREAM)
+    normal0, normal1 = normal_pair(word0, word1)
+    normal2, normal3 = normal_pair(word2, word3)
+    # [BLOCK // 4, 2 (pair), 2 (of the pair)]
+    return tl.join(tl.join(normal0, normal2), tl.join(normal1, normal3)).reshape(BLOCK)
+
+
+@triton.jit
+def normal_at(element, step, sample, seed_low, seed_high, STREAM: tl.constexpr):
+    """Normals of any elements, each from a Philox block of its own."""
+    word0, word1, word2, word3 = philox_words(element // 4, step, sample, seed_low, seed_high, STREAM)
+    late = element % 4 >= 2
+    normal0, normal1 = normal_pair(tl.where(late, word2, word0), tl.where(late, word3, word1))
+    return tl.where(element % 2 == 0, normal0, normal1)

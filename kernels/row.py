@@ -7,10 +7,15 @@
 
 where x0' is the guided x0 and x0'_before that of the step before (multistep samplers). On the right-hand side of the
 last line the columns ``z``, ``x0``, ``eps``, ``previous``, ``noise`` are coefficients.
+
+Which row is meant lives on the device as a step counter, int32 [2], so that a captured step can be replayed: `predict`
+takes row ``step[0]`` and notes it in ``step[1]``; `advance` takes row ``step[1]`` and sets ``step[0]`` to the next.
 """
 
 from typing import NamedTuple
 
+import torch
+import triton.language as tl
 from torch import Tensor
 
 
@@ -35,9 +40,35 @@ class Row(NamedTuple):
 
 COLUMNS: tuple[str, ...] = Row._fields
 
+# For the kernels, which know neither names nor tuples of them.
+N_COLUMNS = tl.constexpr(len(COLUMNS))
+INPUT_SCALE, X0_Z, X0_M, EPS_Z, EPS_M, Z, X0, EPS, PREVIOUS, NOISE, ALPHA, SIGMA = map(tl.constexpr, range(12))
+
 
 def named(row: Tensor) -> Row:
     """Row of a table [n_columns] by name; raises ValueError for another shape."""
     if row.shape != (len(COLUMNS),):
         raise ValueError(f"row: got shape {tuple(row.shape)}; one row of the table has shape ({len(COLUMNS)},)")
     return Row(*row.unbind())
+
+
+def start_counter(device: torch.device | str, step: int = 0) -> Tensor:
+    """Step counter int32 [2] of a trajectory that begins with row ``step`` of its table."""
+    return torch.full((2,), step, dtype=torch.int32, device=device)
+
+
+def row_at(rows: Tensor, step: Tensor) -> Row:
+    """Row of a table [S, n_columns] at a step int32 [1], by name and without asking the device."""
+    return named(rows.index_select(0, step)[0])
+
+
+def check_table(rows: Tensor, step: Tensor, like: Tensor) -> None:
+    """Raises ValueError unless ``rows`` and ``step`` are a table and a step counter on the device of ``like``."""
+    if rows.dim() != 2 or rows.shape[1] != len(COLUMNS) or rows.dtype != torch.float32 or not rows.is_contiguous():
+        raise ValueError(
+            f"rows: got {rows.dtype} {tuple(rows.shape)}; a table is contiguous float32 [steps, {len(COLUMNS)}]"
+        )
+    if step.shape != (2,) or step.dtype != torch.int32 or not step.is_contiguous():
+        raise ValueError(f"step: got {step.dtype} {tuple(step.shape)}; a step counter is int32 [2]: start_counter")
+    if rows.device != like.device or step.device != like.device:
+        raise ValueError(f"devices: z {like.device}, rows {rows.device}, step {step.device}; one expected")

@@ -53,7 +53,7 @@ def _stock(items: list[Item]) -> Iterator[str]:
 
 
 def _machine(recipe: Recipe) -> tuple[str, str | None]:
-    """The device and threads that a run would take, in words, and what keeps it from doing so."""
+    """The device, threads and kernels that a run would take, in words, and what keeps it from doing so."""
     from diffdfkd.recipes.launch import settle_machine
     from diffdfkd.recipes.run_folder import begun
 
@@ -68,7 +68,9 @@ def _machine(recipe: Recipe) -> tuple[str, str | None]:
     note = ""
     if settled.device == "cpu" and recipe.prior.dtype == "float16":
         note = "; prior.dtype=float32 is the faster and safer arithmetic on a CPU"
-    return f"{settled.device}, {settled.threads} CPU thread{'s' if settled.threads != 1 else ''}{note}", None
+    threads = f"{settled.threads} CPU thread{'s' if settled.threads != 1 else ''}"
+    kernels = {"triton": "Triton kernels", "reference": "reference kernels"}[settled.kernel]
+    return f"{settled.device}, {threads}, {kernels}{note}", None
 
 
 def _plan(recipe: Recipe, device: str) -> Iterator[str]:

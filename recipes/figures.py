@@ -151,6 +151,7 @@ def figures(folder: RunFolder, evaluation: "Evaluation | None") -> dict[str, Any
         "memory_kind": "gpu_allocated" if recipe.device == "cuda" else "rss",
         "device": recipe.device,
         "threads": recipe.threads,
+        "kernel": recipe.kernel,
         "seed": recipe.seed,
         "rounds": recipe.rounds,
         "distillation_steps": recipe.distillation.steps,

@@ -1,13 +1,14 @@
 """What one process of a command takes of the machine: its device, its threads, its place in a launch of several."""
 
 import os
+from typing import Literal
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe
 
 
 def settle_machine(recipe: Recipe, before: Recipe | None = None) -> Recipe:
-    """The recipe with device and threads chosen: as the run began, if it has, or else by what there is."""
+    """The recipe with device, threads and kernel chosen: as the run began, if it has, or else by what there is."""
     device = recipe.device if recipe.device != "auto" else before.device if before else _device()
     if device == "cuda" and _device() != "cuda":
         place = ", in another output folder" if before is not None else ""
@@ -16,7 +17,10 @@ def settle_machine(recipe: Recipe, before: Recipe | None = None) -> Recipe:
             f"device=cpu{place}"
         )
     threads = recipe.threads or (before.threads if before else None) or machine_threads()
-    return recipe.model_copy(update={"device": device, "threads": threads})
+    kernel = recipe.kernel if recipe.kernel != "auto" else before.kernel if before else _kernel(device)
+    if kernel == "triton" and device != "cuda":
+        kernel = _kernel(device, "triton")
+    return recipe.model_copy(update={"device": device, "threads": threads, "kernel": kernel})
 
 
 def rank() -> int:
@@ -41,6 +45,20 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _kernel(device: str, wanted: Literal["auto", "triton"] = "auto") -> str:
+    """The form that is meant on a device; UserError where there is none."""
+    if wanted == "auto" and device != "cuda":
+        return "reference"
+    import torch
+
+    from diffdfkd.kernels.launch import KernelUnavailable, settle_kernel
+
+    try:
+        return settle_kernel(wanted, torch.device(device))
+    except KernelUnavailable as error:
+        raise UserError(str(error)) from None
 
 
 def machine_threads() -> int:

@@ -146,7 +146,7 @@ def begun(folder: Path) -> Recipe | None:
     """The recipe of the run that the folder holds, as it is being run; None where there is none."""
     if _frozen(folder) is None or _empty(folder):
         return None
-    return load_recipe(folder / "recipe.yaml")
+    return _as_begun(folder)
 
 
 def in_use(folder: Path) -> bool:
@@ -219,7 +219,7 @@ def _settle(recipe: Recipe, folder: Path, images: Path | None, digests: Mapping[
     before: Recipe | None = None
     if frozen is not None and not _empty(folder):
         try:
-            before = load_recipe(folder / "recipe.yaml")
+            before = _as_begun(folder)
         except UserError as error:
             raise UserError(f"output: {folder / 'recipe.yaml'}: {error}; or choose another output folder") from None
     settled = _absolute(settle_machine(recipe, before))
@@ -258,6 +258,12 @@ def _frozen(folder: Path) -> dict[str, Any] | None:
             f"output: {file} is damaged; put it back from a copy, or choose another output folder ({fault})"
         )
     return frozen
+
+
+def _as_begun(folder: Path) -> Recipe:
+    """The recipe that the folder's run began with; runs older than the field took the only form that there was."""
+    recipe = load_recipe(folder / "recipe.yaml")
+    return recipe.model_copy(update={"kernel": "reference"}) if recipe.kernel == "auto" else recipe
 
 
 def _empty(folder: Path) -> bool:

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+# Before triton is imported: kernels run on CPU tensors, for tests. Where there is a GPU they run on it, with -m gpu.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
 

@@ -20,7 +20,8 @@ from diffdfkd.engine.stages import guidance_embedding, unet_stage
 from diffdfkd.kernels.advance import advance
 from diffdfkd.kernels.philox import INITIAL_NOISE, STEP_NOISE, philox_normal
 from diffdfkd.kernels.predict import predict
-from diffdfkd.kernels.row import named
+from diffdfkd.kernels.row import named, start_counter
+from diffdfkd.kernels.step import Draw
 
 CLASSES = ["coat", "bag", "shoe"]
 
@@ -122,13 +123,13 @@ def ours(prior: Prior, sampler: str, steps: int, scale: float) -> torch.Tensor:
     table = make_table(sampler, prior.scheduler_config, steps)
     unet = unet_stage(prior, guidance_scale=scale)
     z = table.initial_scale * philox_normal(3, torch.arange(2), 0, INITIAL_NOISE, prior.latent_shape)
-    context = prior.embed(CLASSES[:2])
+    context, counter = prior.embed(CLASSES[:2]), start_counter("cpu")
     with torch.no_grad():
         for step, row in enumerate(table.rows):
             output = unet(named(row).input_scale * z, table.timesteps[step].expand(2), context)
-            prediction = predict(z, output, row, 1.0)
-            noise = philox_normal(3, torch.arange(2), step, STEP_NOISE, prior.latent_shape) if table.noisy else None
-            z = advance(z, prediction.eps_hat, prediction.x0, None, row, noise=noise).z
+            prediction = predict(z, output, table.rows, counter, 1.0)
+            noise = Draw(3, torch.arange(2)) if table.draws[step] else None
+            z = advance(z, prediction, None, table.rows, counter, torch.ones(2, dtype=torch.bool), noise=noise).z
     return z
 
 

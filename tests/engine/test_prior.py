@@ -20,7 +20,7 @@ from diffdfkd.engine.schedule import make_table
 from diffdfkd.kernels.advance import advance
 from diffdfkd.kernels.philox import INITIAL_NOISE, philox_normal
 from diffdfkd.kernels.predict import predict
-from diffdfkd.kernels.row import named
+from diffdfkd.kernels.row import named, start_counter
 
 PROMPTS = ["an icon of a coat", "a bag"]
 
@@ -75,13 +75,13 @@ def test_our_plain_loop_is_the_stock_pipeline(folder: Path, scale: float) -> Non
     copies = 1 if scale == 1 else 2
     context = prior.embed(PROMPTS) if scale == 1 else torch.cat((prior.embed(["", ""]), prior.embed(PROMPTS)))
     table = make_table("ddim", prior.scheduler_config, 5)
-    z = table.initial_scale * noise
+    z, counter = table.initial_scale * noise, start_counter("cpu")
     with torch.no_grad():
         for row, timestep in zip(table.rows, table.timesteps, strict=True):
             sample = (named(row).input_scale * z).repeat(copies, 1, 1, 1)
             output = prior.unet(sample, timestep.expand(len(sample)), encoder_hidden_states=context).sample
-            prediction = predict(z, output, row, scale)
-            z = advance(z, prediction.eps_hat, prediction.x0, None, row).z
+            prediction = predict(z, output, table.rows, counter, float(scale))
+            z = advance(z, prediction, None, table.rows, counter, torch.ones(len(z), dtype=torch.bool)).z
         torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
         assert (expected - noise).abs().max() > 0.1
         torch.testing.assert_close(prior.decode(z), images, rtol=0, atol=1e-4)

@@ -71,7 +71,7 @@ def inputs(n=BATCH, doubled=True):
     return noise, context
 
 
-def run(table, mode="none", rule="unit", recipe=OFF, unet=None, chain=toy_chain, scale=3.0, **fields):
+def run(table, mode="none", rule="unit", recipe=OFF, unet=None, chain=toy_chain, scale=3.0, kernel="auto", **fields):
     noise, context = inputs(doubled=not isinstance(scale, float) or scale != 1)
     guidance = GuidanceRecipe(**{"mode": mode, "rho_rule": rule, "rho": 0.2, **fields})
     return sample(
@@ -85,6 +85,7 @@ def run(table, mode="none", rule="unit", recipe=OFF, unet=None, chain=toy_chain,
         guidance=guidance,
         plan=plan(recipe, table.steps),
         chain=chain,
+        kernel=kernel,
     )
 
 
@@ -141,9 +142,10 @@ def plain(table, mode, rule, recipe, scale=3.0, rho=0.2):
 @pytest.mark.parametrize("recipe", [OFF, MIX], ids=["whole", "mixed"])
 @pytest.mark.parametrize("mode", ["none", "clean", "reuse", "exact"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_trajectory_is_that_of_the_plain_formulation(sampler, mode, recipe):
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+def test_trajectory_is_that_of_the_plain_formulation(sampler, mode, recipe, kernel):
     table = make_table(sampler, CONFIG, STEPS, "cpu")
-    made = run(table, mode, recipe=recipe)
+    made = run(table, mode, recipe=recipe, kernel=kernel)
     torch.testing.assert_close(made.latents, plain(table, mode, "unit", recipe), rtol=1e-3, atol=1e-3)
     assert made.alive.all()
     assert recipe is OFF or not torch.allclose(made.latents, run(table, mode).latents, atol=1e-2)
@@ -152,9 +154,10 @@ def test_trajectory_is_that_of_the_plain_formulation(sampler, mode, recipe):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("rule", ["raw", "unit", "cfg"])
 @pytest.mark.parametrize("mode", ["clean", "reuse", "exact"])
-def test_rules_and_prediction_types_are_those_of_the_plain_formulation(mode, rule, prediction_type):
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+def test_rules_and_prediction_types_are_those_of_the_plain_formulation(mode, rule, prediction_type, kernel):
     table = make_table("ddim", {**CONFIG, "prediction_type": prediction_type}, STEPS, "cpu")
-    made = run(table, mode, rule)
+    made = run(table, mode, rule, kernel=kernel)
     torch.testing.assert_close(made.latents, plain(table, mode, rule, OFF), rtol=1e-3, atol=1e-3)
 
 
@@ -195,7 +198,7 @@ def two_tables():
     timesteps = torch.linspace(900, 10, STEPS)
     for columns, scale in ((ddim, 1.0), (euler, 1 / float(alpha[0]))):
         rows = torch.stack([columns[name] for name in COLUMNS], 1).float()
-        yield Table(timesteps, rows, scale, "ddim", STEPS)
+        yield Table(timesteps, rows, scale, "ddim", STEPS, (False,) * STEPS, (False,) * STEPS)
 
 
 @pytest.mark.parametrize("rule", ["raw", "unit", "cfg"])
@@ -207,7 +210,7 @@ def test_euler_is_guided_like_ddim_which_it_equals_but_for_the_scale_of_z(mode, 
 
 def test_clean_ddim_step_is_linear_in_z_eps_and_gradient():
     ddim, _ = two_tables()
-    first = Table(ddim.timesteps[:1], ddim.rows[:1], 1.0, "ddim", 1)
+    first = Table(ddim.timesteps[:1], ddim.rows[:1], 1.0, "ddim", 1, (False,), (False,))
     noise, context = inputs()
     free, bound = ToyUNet()(torch.cat([noise, noise]), first.timesteps.repeat(2 * BATCH), context).chunk(2)
     eps = free + 3.0 * (bound - free)
@@ -301,22 +304,24 @@ def test_only_guided_steps_have_losses_and_call_the_chain(mode):
 
 @pytest.mark.parametrize("sampler", ["ddpm", "dpmsolver++"])
 @pytest.mark.parametrize("mode", ["none", "clean", "reuse", "exact"])
-def test_a_sample_that_fails_is_dropped_and_the_others_do_not_notice(mode, sampler):
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+def test_a_sample_that_fails_is_dropped_and_the_others_do_not_notice(mode, sampler, kernel):
     table = make_table(sampler, CONFIG, STEPS, "cpu")
     broken = ToyUNet()
     broken.fails = {2: (BATCH + 1,), 3: (4, 3)}  # the conditional half of sample 1, then samples 3 and 4
-    made, sound = run(table, mode, unet=broken), run(table, mode)
+    made, sound = run(table, mode, unet=broken, kernel=kernel), run(table, mode, kernel=kernel)
     lost = torch.tensor([False, True, False, True, True, False])
     assert torch.equal(made.alive, ~lost)
     assert torch.equal(made.latents[~lost], sound.latents[~lost])
 
 
-def test_who_was_to_take_a_patch_from_a_failed_sample_is_dropped_too():
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+def test_who_was_to_take_a_patch_from_a_failed_sample_is_dropped_too(kernel):
     table = make_table("ddim", CONFIG, STEPS, "cpu")
     broken = ToyUNet()
     broken.fails = {0: (1,)}
     some = MIX.model_copy(update={"probability": 0.3})
-    made, sound = run(table, recipe=some, unet=broken), run(table, recipe=some)
+    made, sound = run(table, recipe=some, unet=broken, kernel=kernel), run(table, recipe=some, kernel=kernel)
     lost = {1}
     for partners in plan(some).partners.tolist():
         lost |= {b for b in range(BATCH) if partners[b] in lost}

@@ -13,11 +13,12 @@ from diffdfkd.engine.schedule import SCHEDULERS, late_start, make_table
 from diffdfkd.kernels.advance import advance
 from diffdfkd.kernels.philox import INITIAL_NOISE, STEP_NOISE, philox_normal
 from diffdfkd.kernels.predict import predict
-from diffdfkd.kernels.row import named
+from diffdfkd.kernels.row import named, start_counter
 
 SHAPE = (4, 6, 5)
 SEED = 3
 SAMPLES = torch.tensor([0, 2**40 + 5])
+ALIVE = torch.ones(2, dtype=torch.bool)
 BASE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SD1 = {**BASE, "_class_name": "PNDMScheduler", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
 SD2 = {**SD1, "_class_name": "DDIMScheduler", "timestep_spacing": "leading", "prediction_type": "v_prediction"}
@@ -39,13 +40,13 @@ def step_noise(step: int) -> Tensor:
 def ours(sampler: str, config: dict[str, Any], steps: int) -> tuple[Tensor, list[float]]:
     table = make_table(sampler, config, steps)
     z = table.initial_scale * philox_normal(SEED, SAMPLES, 0, INITIAL_NOISE, SHAPE)
-    previous = None
+    previous, counter = None, start_counter("cpu")
     for step in range(steps):
         row = table.rows[step]
         output = model(named(row).input_scale * z, table.timesteps[step])
-        prediction = predict(z, output, row, 1.0)
-        noise = step_noise(step) if table.noisy else None
-        z, previous = advance(z, prediction.eps_hat, prediction.x0, previous, row, noise=noise)
+        prediction = predict(z, output, table.rows, counter, 1.0)
+        noise = step_noise(step) if table.draws[step] else None
+        z, previous, _ = advance(z, prediction, previous, table.rows, counter, ALIVE, noise=noise, keep_x0=True)
     return z, table.timesteps.tolist()
 
 
@@ -150,7 +151,7 @@ def test_ancestral_euler_of_a_turbo_folder_is_euler_in_one_step() -> None:
     output = model(scheduler.scale_model_input(z, scheduler.timesteps[0]), scheduler.timesteps[0])
     expected = scheduler.step(output, scheduler.timesteps[0], z).prev_sample
     torch.testing.assert_close(ours("euler", TURBO, 1)[0], expected, rtol=1e-4, atol=1e-4)
-    assert not table.noisy
+    assert not any(table.draws)
 
 
 @pytest.mark.parametrize(

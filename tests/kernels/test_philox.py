@@ -2,15 +2,23 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from kernels_tolerances import NORMAL_TOLERANCE
 
 from diffdfkd.kernels.philox import (
     CUTMIX,
     INITIAL_NOISE,
     STEP_NOISE,
+    normal_at,
+    normal_pair,
+    normal_run,
     philox4x32,
     philox_integers,
     philox_normal,
     philox_uniform,
+    philox_words,
+    signed_words,
 )
 
 
@@ -83,3 +91,59 @@ def test_bad_arguments() -> None:
         philox_integers(1, torch.tensor([1]), 0, 16, 4)
     with pytest.raises(ValueError, match="sample_ids"):
         philox_integers(1, torch.tensor([1.0]), 0, 0, 4)
+
+
+@triton.jit
+def _kernel(words, normals, singly, ids, step, low, high, N: tl.constexpr):
+    sample = tl.program_id(0).to(tl.int64)
+    identity, now = tl.load(ids + sample), tl.load(step)
+    element = tl.arange(0, N)
+    tl.store(normals + sample * N + element, normal_run(0, now, identity, low, high, 1, N))
+    tl.store(singly + sample * N + element, normal_at(element, now, identity, low, high, 1))
+    block = tl.arange(0, N // 4)
+    word0, word1, word2, word3 = philox_words(block, now, identity, low, high, 1)
+    tl.store(words + sample * N + block * 4, word0.to(tl.int64))
+    tl.store(words + sample * N + block * 4 + 1, word1.to(tl.int64))
+    tl.store(words + sample * N + block * 4 + 2, word2.to(tl.int64))
+    tl.store(words + sample * N + block * 4 + 3, word3.to(tl.int64))
+
+
+@pytest.mark.parametrize("seed", [0, 2**33 + 1, 2**63 - 1, 2**64 - 1])
+def test_kernels_draw_the_same_integers_and_normals(seed: int) -> None:
+    n, ids, step = 4096, torch.tensor([0, 5, 2**40 * 3 + 7, 2**59 + 2**33 + 1]), torch.tensor([11], dtype=torch.int32)
+    words = torch.zeros(4, n, dtype=torch.int64)
+    normals, singly = torch.full((2, 4, n), torch.nan).unbind()
+    _kernel[(4,)](words, normals, singly, ids, step, *signed_words(seed), n)
+    assert torch.equal(words, philox_integers(seed, ids, 11, STEP_NOISE, n))
+    torch.testing.assert_close(
+        normals, philox_normal(seed, ids, 11, STEP_NOISE, (1, 1, n))[:, 0, 0], **NORMAL_TOLERANCE
+    )
+    assert torch.equal(singly, normals)
+
+
+@triton.jit
+def _pair_kernel(first, second, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x, y = normal_pair(tl.load(first + i).to(tl.uint32), tl.load(second + i).to(tl.uint32))
+    tl.store(out + i, x)
+    tl.store(out + N + i, y)
+
+
+def test_normals_at_the_ends_of_the_range() -> None:
+    """The largest and smallest radius, the change from series to logarithm, every quarter of a turn and its edges."""
+    ends = [0, 1, 2**32 - 1, 2**32 - 2, 2**31, 2**32 - 2**26, 2**32 - 2**26 - 1, 2**32 - 2**26 + 1]
+    turns = [quarter * 2**30 + offset for quarter in range(4) for offset in (0, 1, 2**29 - 1, 2**29, 2**29 + 1)]
+    pairs = torch.cartesian_prod(torch.tensor(ends), torch.tensor([*turns, 2**32 - 1]))
+    first, second = torch.nn.functional.pad(pairs, (0, 0, 0, 256 - len(pairs))).T.contiguous()
+    out = torch.full((2, 256), torch.nan)
+    _pair_kernel[(1,)](first, second, out, 256)
+    radius = torch.sqrt(-2 * torch.log((first.double() + 0.5) * 2.0**-32))
+    angle = 2 * math.pi * (second.double() + 0.5) * 2.0**-32
+    expected = torch.stack([radius * angle.cos(), radius * angle.sin()])
+    torch.testing.assert_close(out.double(), expected, **NORMAL_TOLERANCE)
+
+
+def test_a_step_on_the_device_draws_what_a_number_draws() -> None:
+    step = torch.tensor([9], dtype=torch.int32)
+    ids = torch.tensor([3, 4])
+    assert torch.equal(philox_normal(1, ids, step, CUTMIX, (2, 3, 3)), philox_normal(1, ids, 9, CUTMIX, (2, 3, 3)))

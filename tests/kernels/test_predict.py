@@ -1,72 +1,144 @@
+from typing import Any, Literal
+
 import pytest
 import torch
+from kernels_tolerances import DTYPES, TOLERANCES
 from torch import Tensor
 
-from diffdfkd.kernels.predict import predict
-from diffdfkd.kernels.row import COLUMNS
+from diffdfkd.kernels.predict import Prediction, predict, tiling
+from diffdfkd.kernels.row import COLUMNS, start_counter
+
+KERNELS = ("reference", "triton")
+SHAPES = [(1, 4, 8, 8), (3, 4, 5, 7), (2, 1, 1, 63), (1, 1, 1, 1), (2, 3, 1, 127), (2, 4, 33, 32), (1, 127, 3, 3)]
+# The second row is the one that is meant; the others would show.
+ROWS = torch.full((3, len(COLUMNS)), torch.nan)
+ROWS[1] = torch.tensor([{"x0_z": 1.5, "x0_m": -0.8, "eps_z": 0.3, "eps_m": 0.9}.get(name, 0.0) for name in COLUMNS])
+
+Form = Literal["reference", "triton"]
 
 
-def make_row(**values: float) -> Tensor:
-    return torch.tensor([values.get(name, 0.0) for name in COLUMNS])
+def called(z: Tensor, output: Tensor, scale: Tensor | float, kernel: Form) -> Prediction:
+    return predict(z, output, ROWS, start_counter("cpu", 1), scale, kernel=kernel)
 
 
-ROW = make_row(x0_z=1.5, x0_m=-0.8, eps_z=0.3, eps_m=0.9)
-
-
-@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (3, 4, 5, 7), (2, 1, 1, 63)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_guided_prediction(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_guided_prediction(kernel: Form, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     z, output = torch.randn(shape), torch.randn(2 * shape[0], *shape[1:]).to(dtype)
     scale = 1 + torch.rand(shape[0])
-    result = predict(z, output, ROW, scale)
+    result = called(z, output, scale, kernel)
+    # What is read is exact, and all that follows is float32.
+    tolerance = TOLERANCES[torch.float32]
     for b in range(shape[0]):
-        unconditional, conditional = output[b].float(), output[shape[0] + b].float()
+        unconditional, conditional = output[b].double(), output[shape[0] + b].double()
         m = unconditional + scale[b] * (conditional - unconditional)
-        torch.testing.assert_close(result.x0[b], 1.5 * z[b] - 0.8 * m)
-        torch.testing.assert_close(result.eps_hat[b], 0.3 * z[b] + 0.9 * m)
-        torch.testing.assert_close(result.guidance_norm[b], (conditional - unconditional).norm())
-        torch.testing.assert_close(result.x0_norm[b], result.x0[b].norm())
+        x0 = 1.5 * z[b].double() - 0.8 * m
+        torch.testing.assert_close(result.x0[b].double(), x0, **tolerance)
+        torch.testing.assert_close(result.eps_hat[b].double(), 0.3 * z[b].double() + 0.9 * m, **tolerance)
+        torch.testing.assert_close(result.guidance_norm[b].double(), (conditional - unconditional).norm(), **tolerance)
+        torch.testing.assert_close(result.x0_norm[b].double(), x0.norm(), **tolerance)
     assert {tensor.dtype for tensor in result} == {torch.float32}
 
 
-def test_one_number_serves_all_samples() -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_number_serves_all_samples(kernel: Form) -> None:
     z, output = torch.randn(3, 4, 2, 2), torch.randn(6, 4, 2, 2)
-    for one, other in zip(predict(z, output, ROW, 2.5), predict(z, output, ROW, torch.full((3,), 2.5)), strict=True):
+    for one, other in zip(
+        called(z, output, 2.5, kernel), called(z, output, torch.full((3,), 2.5), kernel), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 
-def test_without_classifier_free_guidance() -> None:
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_without_classifier_free_guidance(kernel: Form) -> None:
     z, output = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
-    result = predict(z, output, ROW, 1.0)
+    result = called(z, output, 1.0, kernel)
     torch.testing.assert_close(result.x0, 1.5 * z - 0.8 * output)
     assert torch.equal(result.guidance_norm, torch.zeros(3))
 
 
-def test_channels_last_is_the_same() -> None:
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("z_last", "output_last"), [(True, True), (True, False), (False, True)])
+def test_memory_formats_are_the_same_and_that_of_z_is_kept(kernel: Form, z_last: bool, output_last: bool) -> None:
     z, output = torch.randn(3, 4, 5, 6), torch.randn(6, 4, 5, 6)
-    expected = predict(z, output, ROW, 2.0)
-    result = predict(z.to(memory_format=torch.channels_last), output.to(memory_format=torch.channels_last), ROW, 2.0)
-    for one, other in zip(result, expected, strict=True):
-        torch.testing.assert_close(one, other)
+    formats = {False: torch.contiguous_format, True: torch.channels_last}
+    expected = called(z, output, 2.0, "reference")
+    result = called(
+        z.contiguous(memory_format=formats[z_last]), output.contiguous(memory_format=formats[output_last]), 2.0, kernel
+    )
+    torch.testing.assert_close(result.x0, expected.x0)
+    torch.testing.assert_close(result.eps_hat, expected.eps_hat)
+    torch.testing.assert_close(result.x0_norm, expected.x0_norm)
+    torch.testing.assert_close(result.guidance_norm, expected.guidance_norm)
+    assert result.x0.stride() == result.eps_hat.stride() == z.contiguous(memory_format=formats[z_last]).stride()
 
 
-def test_a_sample_that_is_not_finite_shows_in_its_norm_alone() -> None:
-    z, output = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
-    output[1, 0, 0, 0] = torch.nan
-    result = predict(z, output, ROW, 1.0)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("where", [1, 4])
+def test_a_sample_that_is_not_finite_shows_in_its_norm_alone(kernel: Form, where: int) -> None:
+    z, output = torch.randn(3, 4, 20, 20), torch.randn(6, 4, 20, 20)
+    output[where, 3, 19, 19] = torch.nan
+    result = called(z, output, 1.0, kernel)
     assert torch.isfinite(result.x0_norm).tolist() == [True, False, True]
 
 
-def test_bad_arguments() -> None:
-    z = torch.randn(3, 4, 2, 2)
-    with pytest.raises(ValueError, match="model_output"):
-        predict(z, torch.randn(4, 4, 2, 2), ROW, 2.0)
-    with pytest.raises(ValueError, match="model_output"):
-        predict(z, torch.randn(6, 4, 2, 3), ROW, 2.0)
-    with pytest.raises(ValueError, match="scale"):
-        predict(z, torch.randn(3, 4, 2, 2), ROW, 2.0)
-    with pytest.raises(ValueError, match="scale"):
-        predict(z, torch.randn(6, 4, 2, 2), ROW, torch.ones(6))
-    with pytest.raises(ValueError, match="row"):
-        predict(z, torch.randn(6, 4, 2, 2), torch.ones(3), 2.0)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_step_is_noted_for_advance_and_not_moved(kernel: Form) -> None:
+    step = torch.tensor([1, 7], dtype=torch.int32)
+    predict(torch.randn(2, 1, 3, 3), torch.randn(4, 1, 3, 3), ROWS, step, 2.0, kernel=kernel)
+    assert step.tolist() == [1, 1]
+
+
+def test_sums_of_a_sample_do_not_depend_on_its_batch() -> None:
+    """Bit by bit: the order of summation is a function of the sample's size."""
+    z, output = torch.randn(3, 4, 40, 40), torch.randn(3, 4, 40, 40)
+    together = called(z, output, 1.0, "triton")
+    for b in range(3):
+        alone = called(z[b : b + 1], output[b : b + 1], 1.0, "triton")
+        assert torch.equal(alone.x0_norm[0], together.x0_norm[b])
+    assert together.squares.shape == (2, 3, -(-4 * 40 * 40 // tiling(4 * 40 * 40)[0]))
+
+
+BAD: dict[str, tuple[str, dict[str, Any]]] = {
+    "three halves": ("model_output: got", {"model_output": torch.randn(4, 4, 2, 2)}),
+    "another width": ("model_output: got", {"model_output": torch.randn(6, 4, 2, 3)}),
+    "scale without a half": ("scale: got 2.0", {"model_output": torch.randn(3, 4, 2, 2)}),
+    "scale of another batch": ("scale: got", {"scale": torch.ones(6)}),
+    "scale in double": ("scale: got torch.float64", {"scale": torch.ones(3, dtype=torch.float64)}),
+    "no table": ("rows: got", {"rows": torch.ones(3)}),
+    "table in double": ("rows: got", {"rows": ROWS.double()}),
+    "step of another type": ("step: got", {"step": torch.zeros(2, dtype=torch.int64)}),
+    "step alone": ("step: got", {"step": torch.zeros(1, dtype=torch.int32)}),
+    "latents in half": ("z: got torch.float16", {"z": torch.randn(3, 4, 2, 2).half()}),
+    "flat latents": ("z: got", {"z": torch.randn(3, 16)}),
+    "empty latents": ("z: got", {"z": torch.randn(3, 4, 0, 2)}),
+    "another device": ("devices: z cpu, model_output meta", {"model_output": torch.randn(6, 4, 2, 2, device="meta")}),
+    "another kernel": ("kernel: got 'fast'", {"kernel": "fast"}),
+}
+BAD_FOR_TRITON: dict[str, tuple[str, dict[str, Any]]] = {
+    "output in double": (
+        "model_output: torch.float64 with kernel=triton",
+        {"model_output": torch.randn(6, 4, 2, 2).double()},
+    ),
+    "strides of z": ("z: strides", {"z": torch.randn(3, 4, 2, 4)[..., ::2]}),
+    "strides of the output": ("model_output: strides", {"model_output": torch.randn(6, 4, 2, 4)[..., ::2]}),
+    "expanded output": ("model_output: strides", {"model_output": torch.randn(1, 4, 2, 2).expand(6, 4, 2, 2)}),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "kernel"),
+    [(case, kernel) for case in [*BAD, *BAD_FOR_TRITON] for kernel in KERNELS[case in BAD_FOR_TRITON :]],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(case: str, kernel: Form) -> None:
+    words, options = {**BAD, **BAD_FOR_TRITON}[case]
+    step = start_counter("cpu")
+    given = {"z": torch.randn(3, 4, 2, 2), "model_output": torch.randn(6, 4, 2, 2), "rows": ROWS, "step": step}
+    with pytest.raises(ValueError, match=words):
+        predict(**{**given, "scale": 2.0, "kernel": kernel, **options})
+    assert step.tolist() == [0, 0]
