@@ -33,11 +33,12 @@ from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.images import Images
 from diffdfkd.engine.journal import Journal
 from diffdfkd.engine.logits import Logits, Part, answers, folder_parts, keep_logits, to_float, uses_cache
-from diffdfkd.engine.losses import kd_loss
 from diffdfkd.engine.memory import fitting
 from diffdfkd.engine.progress import progress_bar
 from diffdfkd.engine.recipe import DistillationRecipe
 from diffdfkd.engine.shards import canonical_json
+from diffdfkd.kernels.kd_loss import kd_loss
+from diffdfkd.kernels.launch import Kernel
 
 REPORT_EVERY = 25
 
@@ -73,6 +74,7 @@ def distill(
     parts: Sequence[Part] | None = None,
     journal: Journal,
     device: torch.device | str,
+    kernel: Kernel = "auto",
     progress: bool = True,
 ) -> DistillationSummary:
     """Train `student`, in place, to answer as `teacher` does on augmented `images`, up to `until_step` of all steps.
@@ -81,6 +83,7 @@ def distill(
     `data_digest`, or, with other images, if it stands where `student` stands: so each round calls with the student
     that the round before left. What is decided is journalled as event ``distill_start``, the curve as ``distill``.
     `parts` are the files that the teacher's answers are kept in, where they are; by default under ``output/logits``.
+    `kernel` is the form of the loss (kernels/launch.py).
     Raises UserError for impossible settings, a checkpoint that cannot be read and a loss that is not finite.
     """
     begin = time.perf_counter()
@@ -148,7 +151,7 @@ def distill(
                 share = f"a batch of {recipe.batch_size // place.processes:,} images on the {place.device.type}"
                 with fitting("distillation.batch_size", share, "give a smaller one; images and checkpoints stay"):
                     state, speed = _train(
-                        engine, teacher, logits, batches, recipe, place, folder, state, until, journal, progress
+                        engine, teacher, logits, batches, recipe, place, folder, state, until, journal, kernel, progress
                     )
             student.load_state_dict(gathered_weights(engine))
         finally:
@@ -208,6 +211,7 @@ def _train(
     state: State,
     until: int,
     journal: Journal,
+    kernel: Kernel,
     progress: bool,
 ) -> tuple[State, float]:
     """From the state's step up to `until`; the state then, and images a second over all processes."""
@@ -230,7 +234,7 @@ def _train(
                 targets = answers(teacher, images, recipe.dtype)
             else:
                 targets = logits.read(indices).to(place.device, non_blocking=True)
-            loss = kd_loss(engine(images), targets, recipe.temperature)
+            loss = kd_loss(engine(images).contiguous(), targets.contiguous(), recipe.temperature, kernel=kernel)
             engine.backward(loss)
             engine.step()
             total += loss.detach()

@@ -96,9 +96,7 @@ class Painter:
         if guidance.mode != "none":
             self.taps = BatchNormTaps(models.teacher.model) if guidance.batchnorm_weight > 0 else None
             student = models.student if uses_student(recipe, round) else None
-            self.chain = guidance_chain(
-                self.decode, models.teacher, self.taps, guidance, student, kernel=recipe.kernel
-            )
+            self.chain = guidance_chain(self.decode, models.teacher, self.taps, guidance, student, kernel=recipe.kernel)
 
     def __enter__(self) -> Self:
         return self

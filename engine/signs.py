@@ -10,9 +10,9 @@ from diffdfkd.engine.alarms import Signs
 from diffdfkd.engine.classifier import Classifier
 from diffdfkd.engine.diversity import compare, thumbnails
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.inversion import batch_moments
 from diffdfkd.engine.painter import Painting, round_
 from diffdfkd.engine.taps import BatchNormTaps, tappable, untappable
+from diffdfkd.kernels.moments import batch_moments
 
 LOOKED_AT_ONCE = 25
 """Images of a forward pass: the inputs of all BatchNorm layers are held."""

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.inversion import adversarial_loss, batchnorm_loss, class_loss
+from diffdfkd.engine.inversion import class_loss
 from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.kernels.batchnorm_loss import batchnorm_loss
+from diffdfkd.kernels.kd_loss import adversarial_loss
 from diffdfkd.kernels.launch import Kernel
 
 
@@ -117,8 +119,8 @@ def guidance_chain(
     The gradient is that of n L, n the number of samples that count, so that its size does not depend on the batch.
     A sample that is not alive, or whose latent, image or logits are not finite, gets weight 0 in every loss term, and
     gradient 0. ``taps`` sit on ``teacher``; None without BatchNorm guidance. ``dtype`` is the arithmetic of the
-    networks; moments and losses are float32. ``kernel`` is the form of L_bn and L_adv (kernels/launch.py). Raises UserError
-    when no term with a weight is left.
+    networks; moments and losses are float32. ``kernel`` is the form of L_bn and L_adv (kernels/launch.py). Raises
+    UserError when no term with a weight is left.
     """
     for network in (teacher, student):
         if network is not None and network.training:
@@ -138,16 +140,22 @@ def guidance_chain(
             with arithmetic(leaf.device, dtype):
                 images = _at_least_float32(decode(leaf))
                 counts = counts & finite(images)
-                logits = _at_least_float32(teacher(images))
-                replies = _at_least_float32(opponent(images)) if opponent else logits
+                logits = _at_least_float32(teacher(images)).contiguous()
+                replies = _at_least_float32(opponent(images)).contiguous() if opponent else logits
             counts = counts & finite(logits) & finite(replies)
             zero = logits.new_zeros(())
             by_class = class_loss(logits, targets, counts)
             by_statistics = zero
             if taps is not None:
                 with torch.set_grad_enabled(use_batchnorm):
-                    by_statistics = batchnorm_loss(taps.inputs, taps.running_means, taps.running_variances, counts)
-            by_student = adversarial_loss(logits, replies, counts) if opponent else zero
+                    by_statistics = batchnorm_loss(
+                        [_dense(activation) for activation in taps.inputs],
+                        taps.running_means,
+                        taps.running_variances,
+                        counts,
+                        kernel=kernel,
+                    )
+            by_student = adversarial_loss(logits, replies, counts, kernel=kernel) if opponent else zero
             total = (
                 weights.class_weight * by_class
                 + weights.batchnorm_weight * by_statistics
@@ -213,6 +221,12 @@ def finite(values: Tensor) -> Tensor:
 
 def _where(samples: Tensor, values: Tensor, other: float) -> Tensor:
     return torch.where(samples.view(-1, *[1] * (values.dim() - 1)), values, other)
+
+
+def _dense(activation: Tensor) -> Tensor:
+    """An activation in one of the memory formats that kernels read; a part of another tensor is copied."""
+    last = activation.dim() == 4 and activation.is_contiguous(memory_format=torch.channels_last)
+    return activation if last else activation.contiguous()
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

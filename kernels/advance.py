@@ -204,7 +204,8 @@ def _stepped(
     return following, clean
 
 
-@triton.jit
+# A batch or seed of 1 would become a Python number, which has no type to be cast from.
+@triton.jit(do_not_specialize=["batch", "seed_low", "seed_high"])
 def _advance_kernel(
     z,  # [B, n] float32
     x0,  # [B, n] float32

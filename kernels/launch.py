@@ -4,6 +4,7 @@ A `Launch` holds all that decides a kernel's machine code, so that what is compi
 (ahead_of_time.py) is what would run on one.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,8 +40,11 @@ class Launch:
     warps: int
 
     def run(self) -> None:
-        """Enqueue it on the current stream; under the interpreter, carry it out."""
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps)
+        """Enqueue it on its device's current stream; under the interpreter, carry it out."""
+        tensor = next(value for value in self.arguments.values() if isinstance(value, Tensor))
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext():
+            self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps)
 
 
 def settle_kernel(kernel: Kernel, device: torch.device) -> Literal["triton", "reference"]:

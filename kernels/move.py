@@ -85,7 +85,7 @@ def _gradient(
     return g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # a batch of 1 would become a Python number
 def _move_kernel(
     z,  # [B, n] float32
     x0,  # [B, n] float32

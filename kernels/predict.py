@@ -65,7 +65,7 @@ def predict_reference(z: Tensor, model_output: Tensor, rows: Tensor, step: Tenso
     return Prediction(x0, eps_hat, torch.stack([guidance_squares, sum_of_squares(x0)]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])  # a batch of 1 would become a Python number
 def _predict_kernel(
     z,  # [B, n] float32
     output,  # [B, n] or [2B, n]

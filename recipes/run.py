@@ -189,6 +189,7 @@ def distil_round(
         parts=shard_parts(folder, round + 1),
         journal=journal,
         device=recipe.device,
+        kernel=recipe.kernel,
         progress=progress,
     )
     journal.log("distillation", images=len(images), **asdict(summary))

@@ -2,7 +2,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from diffdfkd.engine.inversion import adversarial_loss, batch_moments, batchnorm_loss, class_loss
+from diffdfkd.engine.inversion import class_loss
+from diffdfkd.kernels.batchnorm_loss import batchnorm_loss
+from diffdfkd.kernels.kd_loss import adversarial_loss
+from diffdfkd.kernels.moments import batch_moments
 
 NAN = float("nan")
 

@@ -1,9 +1,11 @@
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from diffdfkd.engine.combinations import guided_steps
 from diffdfkd.engine.cutmix import plan_cutmix
@@ -13,6 +15,8 @@ from diffdfkd.engine.sampler import sample
 from diffdfkd.engine.schedule import Table, make_table
 from diffdfkd.engine.stages import Gradient, guidance_chain
 from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.kernels.advance import _advance_kernel
+from diffdfkd.kernels.launch import Launch
 from diffdfkd.kernels.philox import STEP_NOISE, philox_normal
 from diffdfkd.kernels.row import COLUMNS, Row
 
@@ -407,11 +411,11 @@ class Synchronisations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def small_chain():
+def small_chain(device="cpu"):
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(32, CLASSES))
-    teacher = teacher.eval().requires_grad_(False)
-    student = nn.Sequential(nn.Flatten(), nn.Linear(24, CLASSES)).eval()
+    teacher = teacher.eval().requires_grad_(False).to(device)
+    student = nn.Sequential(nn.Flatten(), nn.Linear(24, CLASSES)).eval().to(device)
     weights = GuidanceRecipe(class_weight=1.0, batchnorm_weight=0.2, adversarial_weight=0.5)
     return guidance_chain(
         lambda x0: x0.mean(1, keepdim=True).sigmoid(), teacher, BatchNormTaps(teacher), weights, student
@@ -446,6 +450,104 @@ def test_no_step_waits_for_the_device(monkeypatch, sampler, mode, rule):
     # What is asked once before the loop does not grow with the steps.
     assert found[0] == found[1]
     assert not any(found[1][name] for name in (*Synchronisations.WAITING, "index", "index_put", "index_put_"))
+
+
+@pytest.fixture
+def meta_stages(monkeypatch):
+    """Stages that run on the meta device, for which there is no autocast."""
+    monkeypatch.setattr("diffdfkd.engine.stages.arithmetic", lambda *_: nullcontext())
+
+
+class CopiesToTheHost(TorchDispatchMode):
+    """Counts operations that read a tensor of the meta device, which stands for a GPU, and make one on the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        read = [tensor for tensor in tree_flatten((args, kwargs))[0] if isinstance(tensor, torch.Tensor)]
+        written = [tensor for tensor in tree_flatten(made)[0] if isinstance(tensor, torch.Tensor)]
+        if any(tensor.is_meta for tensor in read) and any(not tensor.is_meta for tensor in written):
+            self.found[function.__name__] += 1
+        return made
+
+
+def on_meta(chain, table, mode, rule, kernel, recipe=MIX):
+    """A whole trajectory on the meta device, whose tensors have no values: to ask for one is an error."""
+    noise, context = inputs()
+    weight = ToyUNet().weight.to("meta")
+
+    def unet(sample, timestep, context):
+        drive = context.mean(1)[:, :2, None, None]
+        return torch.tanh(torch.nn.functional.conv2d(sample, weight, padding=1) + drive) + timestep[:, None, None, None]
+
+    return sample(
+        unet,
+        table,
+        context.to("meta"),
+        scale=3.0,
+        noise=noise.to("meta"),
+        sample_ids=torch.arange(BATCH),
+        seed=7,
+        guidance=GuidanceRecipe(mode=mode, rho_rule=rule),
+        plan=plan(recipe, table.steps),
+        chain=chain,
+        kernel=kernel,
+    )
+
+
+@pytest.mark.usefixtures("meta_stages")
+@pytest.mark.parametrize(("mode", "per_step"), [("none", 2), ("clean", 2), ("reuse", 3), ("exact", 4)])
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_loop_asks_no_value_of_the_device(monkeypatch, sampler, kernel, mode, per_step):
+    launched = []
+    monkeypatch.setattr(Launch, "run", lambda launch: launched.append(launch.kernel))
+    chain, table = small_chain("meta"), make_table(sampler, CONFIG, STEPS, "cpu")
+    with CopiesToTheHost() as copies:
+        made = on_meta(chain, table, mode, "unit", kernel)
+    assert not copies.found
+    assert made.latents.is_meta and made.latents.shape == (BATCH, *LATENT)
+    # Clean mode is two launches a step; exact has a second prediction and the move of z.
+    assert len(launched) == (per_step * STEPS if kernel == "triton" else 0)
+
+
+def test_the_meta_device_refuses_to_tell_a_value_and_copies_are_counted():
+    tensor = torch.ones(2, device="meta")
+    for ask in (lambda: tensor.sum().item(), lambda: bool(tensor.any()), tensor.tolist, tensor.cpu):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            ask()
+    with CopiesToTheHost() as copies:
+        torch.empty_like(tensor, device="cpu")
+    assert copies.found
+
+
+@pytest.mark.usefixtures("meta_stages")
+@pytest.mark.parametrize("mode", ["none", "clean", "exact"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++", "ddpm"])
+def test_a_step_without_cutmix_is_the_same_launch(monkeypatch, sampler, mode):
+    launched = []
+    monkeypatch.setattr(Launch, "run", lambda launch: launched.append(launch))
+    steps = 12
+    table = make_table(sampler, CONFIG, steps, "cpu")
+    sparse = CutMixRecipe(every=4, probability=1.0, partner="any")
+    on_meta(small_chain("meta"), table, mode, "unit", "triton", sparse)
+    constants = [launch.constants for launch in launched if launch.kernel is _advance_kernel]
+    with_mix = [launch.arguments["partners"] is not None for launch in launched if launch.kernel is _advance_kernel]
+    assert all(with_mix) and len(with_mix) == steps
+    # The first steps of a multistep sampler look no further back, the last ones of a stochastic one draw nothing.
+    middle = constants[2:-2]
+    assert all(each == middle[0] for each in middle)
+
+
+def test_frozen_samples_are_counted_where_they_freeze():
+    for kernel in ("reference", "triton"):
+        broken = ToyUNet()
+        broken.fails = {2: (BATCH + 1,), 3: (4, 3)}
+        made = run(make_table("ddim", CONFIG, STEPS, "cpu"), "clean", unet=broken, kernel=kernel)
+        assert made.frozen.tolist() == [0, 0, 1, 2, 0, 0] and made.frozen.dtype == torch.int32
 
 
 def test_the_count_of_synchronisations_sees_them(monkeypatch):

@@ -4,10 +4,10 @@ from torch import nn
 
 from diffdfkd.engine.classifier import Classifier, Preprocessing
 from diffdfkd.engine.cutmix import CutMixPlan
-from diffdfkd.engine.inversion import batchnorm_loss
 from diffdfkd.engine.painter import Painting
 from diffdfkd.engine.signs import Observation, look_at
 from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.kernels.batchnorm_loss import batchnorm_loss
 
 CLASSES = ["a", "b", "c"]
 

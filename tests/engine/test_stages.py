@@ -4,7 +4,6 @@ from torch import nn
 from torch.nn import functional
 
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.inversion import batch_moments
 from diffdfkd.engine.prior import load_prior
 from diffdfkd.engine.recipe import GuidanceRecipe, PriorRecipe
 from diffdfkd.engine.stages import (
@@ -15,6 +14,7 @@ from diffdfkd.engine.stages import (
     unet_stage,
 )
 from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.kernels.moments import batch_moments
 
 CLASSES, LATENT = 3, (2, 4, 4)
 

@@ -206,6 +206,7 @@ NUMBERS = [
     field("evaluation.batch_size=0", "evaluation.batch_size: got 0", "greater than or equal to 1"),
     field("seed=-1", "seed: got -1", "greater than or equal to 0"),
     field("seed=1e400", "seed: got ", "integer"),
+    field("kernel=fast", 'kernel: got "fast"', "'auto', 'triton' or 'reference'"),
     field("threads=0", "threads: got 0", "greater than or equal to 1"),
     field("threads=1000000", "threads: got 1000000", "less than or equal to"),
     field("teacher.size=1", "teacher.size: got 1", "greater than or equal to 8"),

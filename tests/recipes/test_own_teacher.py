@@ -14,10 +14,10 @@ import yaml
 
 from diffdfkd.engine.classifier import Classifier, build_classifier
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.inversion import batchnorm_loss
 from diffdfkd.engine.painter import Models, Painter
 from diffdfkd.engine.recipe import Recipe, load_recipe
 from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.kernels.batchnorm_loss import batchnorm_loss
 from diffdfkd.recipes.run import load_classifiers, load_prior_for, run
 
 FACTORY = """
