@@ -90,10 +90,6 @@ def _predict_kernel(
     now = tl.load(step)
     if (tl.program_id(0) == 0) & (tile == 0):
         tl.store(step + 1, now)
-    row = rows + now * N_COLUMNS
-    x0_z, x0_m = tl.load(row + X0_Z), tl.load(row + X0_M)
-    eps_z, eps_m = tl.load(row + EPS_Z), tl.load(row + EPS_M)
-
     i = tile * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = i < n
     own = sample * n + i
@@ -107,6 +103,10 @@ def _predict_kernel(
         tl.store(squares_at, tl.sum(difference * difference))
     else:
         tl.store(squares_at, 0.0)
+    # Not before they are needed: on sm_80 their registers would spill.
+    row = rows + now * N_COLUMNS
+    x0_z, x0_m = tl.load(row + X0_Z), tl.load(row + X0_M)
+    eps_z, eps_m = tl.load(row + EPS_Z), tl.load(row + EPS_M)
     z_own = tl.load(z + own, mask=inside, other=0.0)
     x0 = x0_z * z_own + x0_m * m
     tl.store(x0_out + own, x0, mask=inside)
