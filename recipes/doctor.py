@@ -14,6 +14,11 @@ from diffdfkd.recipes.machine import examine_disk, examine_gpu, examine_launcher
 
 WIDTH = 100
 
+KERNELS = {
+    "triton": "kernel=auto takes the fused Triton kernels",
+    "reference": "kernel=auto takes the plain formulation; the fused Triton kernels want a GPU",
+}
+
 LAUNCHERS = {
     "torchrun": "several processes for diffdfkd distill on one or more machines",
     "deepspeed": "the same, with DeepSpeed's own launcher",
@@ -47,6 +52,7 @@ def examine() -> dict[str, Any]:
         "memory": examine_memory(),
         "disk": examine_disk(Path.cwd()),
         "gpu": gpu,
+        "kernel": "triton" if gpu["devices"] else "reference",
         "launchers": examine_launchers(),
         "python": {"version": platform.python_version(), "system": platform.platform()},
         "packages": packages,
@@ -65,6 +71,7 @@ def _lines(found: Mapping[str, Any]) -> Iterable[str]:
     yield _line("memory", f"{_gib(memory['total'])}, {_gib(memory['available'])} available{limit}")
     yield _line("disk", f"{_gib(disk['free'])} free at {disk['folder']}")
     yield from _gpu(found["gpu"])
+    yield _line("kernels", KERNELS[found["kernel"]])
     for name, there in found["launchers"].items():
         yield _line(name, f"{'found' if there else 'not found'}: {LAUNCHERS[name]}")
     yield _line("python", f"{found['python']['version']} on {found['python']['system']}")

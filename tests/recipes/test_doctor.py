@@ -105,6 +105,7 @@ def test_a_gpu_is_described(few_extras: None, monkeypatch: pytest.MonkeyPatch) -
     text = " ".join(doctor.doctor().split())
     assert "GPU Some GPU, 80.0 GiB (40.0 GiB free), compute capability 9.0, driver 580.1" in text
     assert "GPU none" not in text
+    assert "kernels kernel=auto takes the fused Triton kernels" in text
 
 
 @pytest.mark.parametrize(
