@@ -5,9 +5,10 @@
 
 Before anything is timed, each form's result is compared with the reference's, and the largest error is reported; where
 it is beyond the tolerance the row says so, has no time, and the exit status is 1. Repetitions of the forms of an
-operation are interleaved. On CUDA they are timed with events on a cache that was cleared, and the achieved bandwidth is
-that of the bytes that must move at least. Without CUDA the kernels cannot be timed (the interpreter says nothing of a
-GPU): only the two references are, by the clock.
+operation are interleaved. On CUDA they are timed with events, on a cleared cache and with all launches enqueued before
+the first one runs; the bandwidth is that of the bytes that must move at least. A step at Stable Diffusion's sizes moves
+a few MB: there a bandwidth far below the card's is the price of a launch, and times are what counts. Without CUDA the
+kernels cannot be timed (the interpreter says nothing of a GPU): only the two references are, by the clock.
 """
 
 import argparse
@@ -26,12 +27,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffdfkd.kernels.advance import advance
-from diffdfkd.kernels.batchnorm_loss import batchnorm_loss
-from diffdfkd.kernels.kd_loss import kd_loss
-from diffdfkd.kernels.launch import Kernel
-from diffdfkd.kernels.move import move
-from diffdfkd.kernels.predict import Prediction, predict
+from diffdfkd.kernels.advance import advance, advance_reference
+from diffdfkd.kernels.batchnorm_loss import batchnorm_loss, batchnorm_loss_reference
+from diffdfkd.kernels.kd_loss import kd_loss, kd_loss_reference
+from diffdfkd.kernels.move import move, move_reference
+from diffdfkd.kernels.predict import Prediction, predict, predict_reference
 from diffdfkd.kernels.row import COLUMNS, start_counter
 from diffdfkd.kernels.step import Draw, Guidance, Mix, NextInput
 
@@ -39,6 +39,8 @@ FORMS: tuple[str, ...] = ("triton", "reference", "compiled")
 QUANTILES = (0.1, 0.5, 0.9)
 CACHE = 256 * 2**20
 """Bytes written between repetitions on CUDA: more than any L2 cache holds."""
+AHEAD = 5_000_000
+"""Cycles of a GPU, some 3 ms, that the host is given to get ahead."""
 STEPS = 20
 TOLERANCE = 2e-2
 """Of a result's largest error, relative to its largest value: the inputs are half precision."""
@@ -49,8 +51,10 @@ Outputs = Sequence[Tensor]
 class Operation(NamedTuple):
     """What is timed: a call that takes the form, and the bytes that it must read and write at least."""
 
-    call: Callable[[Kernel], Outputs]
+    call: Callable[[str], Outputs]
     bytes: float
+    buffers: Sequence[Tensor] = ()
+    """That the call writes into; poisoned before a result is looked at."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def guided_step(
 ) -> Iterator[tuple[str, Operation]]:
     """Predict, advance with and without CutMix, and move, at latents of a shape and a UNet of a dtype."""
     batch, n = shape[0], shape[1] * shape[2] * shape[3]
-    size, samples = torch.finfo(dtype).bits // 8, shape[0]
+    size = dtype.itemsize
     rows = torch.rand(STEPS, len(COLUMNS), device=device) + 0.1
     rows[:, [COLUMNS.index(name) for name in ("z", "previous", "noise")]] = 0
     z, output = latents(shape, device), latents((2 * batch, *shape[1:]), device, dtype)
@@ -90,34 +94,40 @@ def guided_step(
     following = NextInput(inputs, torch.zeros(2 * batch, device=device), torch.zeros(STEPS, device=device))
     partners = torch.arange(batch, device=device).roll(1).repeat(STEPS, 1)
     box = torch.tensor([0, 0, shape[2] // 2, shape[3] // 2], dtype=torch.int32, device=device)
-    mix = Mix(partners, box.repeat(STEPS, batch, 1))
+    mix = Mix(partners, box.repeat(STEPS, batch, 1), checked=True)
     draw = Draw(0, torch.arange(batch, device=device))
+    # Each operation reads one number of its counter and writes the other.
+    step, again = start_counter(device, 3), start_counter(device, 3)
 
-    def stepped(kernel: Kernel, **options: Any) -> Outputs:
-        step = start_counter(device, 3)
-        made = advance(
-            z, prediction, None, rows, step, alive, guidance=guidance, next_input=following, kernel=kernel, **options
-        )
+    def stepped(form: str, mix: Mix | None = None, noise: Draw | None = None) -> Outputs:
+        given = (z, prediction, None, rows, step, alive)
+        if form == "triton":
+            made = advance(*given, guidance=guidance, mix=mix, noise=noise, next_input=following, kernel="triton")
+        else:
+            options: dict[str, Any] = {"keep_x0": False, "frozen": None}
+            made = advance_reference(*given, guidance=guidance, mix=mix, noise=noise, next_input=following, **options)
         return made.z, inputs
 
-    def predicted(kernel: Kernel) -> Outputs:
-        made = predict(z, output, rows, start_counter(device, 3), scale, kernel=kernel)
-        return made.x0, made.eps_hat, made.x0_norm, made.guidance_norm
+    def predicted(form: str) -> Outputs:
+        if form == "triton":
+            return predict(z, output, rows, again, scale, kernel="triton")[:2]
+        return predict_reference(z, output, rows, again, scale)[:2]
 
-    def moved(kernel: Kernel) -> Outputs:
-        made = move(
-            z, prediction, rows, start_counter(device, 3), alive, guidance, output, inputs=inputs, kernel=kernel
-        )
-        return made.z, inputs
+    def moved(form: str) -> Outputs:
+        given = (z, prediction, rows, again, alive, guidance, output)
+        if form == "triton":
+            return move(*given, inputs=inputs, kernel="triton").z, inputs
+        return move_reference(*given, inputs).z, inputs
 
-    yield "predict", Operation(predicted, samples * n * (4 + 2 * size + 8))
+    yield "predict", Operation(predicted, batch * n * (4 + 2 * size + 8))
     # eps_hat, x0, gradient in; z and both halves of the input out.
-    least = samples * n * (12 + 4 + 2 * size)
-    yield "advance", Operation(stepped, least)
+    least = batch * n * (12 + 4 + 2 * size)
+    yield "advance", Operation(stepped, least, [inputs])
     # In a quarter of the pixels the partner's three tensors are read too.
-    yield "advance, CutMix", Operation(lambda kernel: stepped(kernel, mix=mix), least + samples * n * 12 / 4)
-    yield "advance, drawn noise", Operation(lambda kernel: stepped(kernel, noise=draw), least)
-    yield "move (exact)", Operation(moved, samples * n * (4 + 4 + 2 * size + 4 + 2 * size))
+    yield "advance, CutMix", Operation(lambda form: stepped(form, mix=mix), least + batch * n * 12 / 4, [inputs])
+    yield "advance, drawn noise", Operation(lambda form: stepped(form, noise=draw), least, [inputs])
+    # z and the gradients once; the second time they come from the cache.
+    yield "move (exact)", Operation(moved, batch * n * (4 + 4 + 2 * size + 4 + 2 * size), [inputs])
 
 
 def statistics(device: torch.device, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Operation:
@@ -126,8 +136,9 @@ def statistics(device: torch.device, shape: tuple[int, int, int, int], dtype: to
     mean, variance = torch.zeros(shape[1], device=device), torch.full((shape[1],), 0.5, device=device)
     weight = torch.ones(shape[0], device=device)
 
-    def call(kernel: Kernel) -> Outputs:
-        loss = batchnorm_loss([activation], [mean], [variance], weight, kernel=kernel)
+    def call(form: str) -> Outputs:
+        given = ([activation], [mean], [variance], weight)
+        loss = batchnorm_loss(*given, kernel="triton") if form == "triton" else batchnorm_loss_reference(*given)
         return loss.detach(), *torch.autograd.grad(loss, activation)
 
     # Read forward; read backward, and the gradient written.
@@ -139,8 +150,9 @@ def distillation(device: torch.device, shape: tuple[int, int], dtype: torch.dtyp
     teacher = torch.randn(shape, device=device).to(dtype)
     student = torch.randn(shape, device=device).to(dtype).requires_grad_()
 
-    def call(kernel: Kernel) -> Outputs:
-        loss = kd_loss(student, teacher, 4.0, kernel=kernel)
+    def call(form: str) -> Outputs:
+        given = (student, teacher, 4.0)
+        loss = kd_loss(*given, kernel="triton") if form == "triton" else kd_loss_reference(*given)
         return loss.detach(), *torch.autograd.grad(loss, student)
 
     # Both logits forward, both backward, the gradient written.
@@ -171,21 +183,29 @@ def forms_of(operation: Operation, device: torch.device) -> dict[str, Callable[[
     return forms
 
 
+def checked(operation: Operation, call: Callable[[], Outputs]) -> Outputs:
+    """A call's results, with nothing left in its buffers of an earlier one."""
+    for buffer in operation.buffers:
+        buffer.fill_(torch.nan)
+    return call()
+
+
 def error_of(made: Outputs, expected: Outputs) -> float:
-    """Largest error of any output, relative to that output's largest value."""
-    return max(
-        float((one.double() - other.double()).abs().max() / other.double().abs().max().clamp(min=1e-30))
+    """Largest error of any output, relative to that output's largest value; NaN where an output has one."""
+    errors = [
+        (one.double() - other.double()).abs().max() / other.double().abs().max().clamp(min=1e-30)
         for one, other in zip(made, expected, strict=True)
-    )
+    ]
+    return float(torch.stack(errors).max())
 
 
 def measure(name: str, configuration: str, operation: Operation, device: torch.device, repetitions: int) -> list[Row]:
     """One row a form: first whether it is right, then how long it takes, the forms taking turns."""
-    expected = [tensor.clone() for tensor in operation.call("reference")]
+    expected = [tensor.clone() for tensor in checked(operation, lambda: operation.call("reference"))]
     forms, errors, notes = forms_of(operation, device), {}, {}
     for form, call in list(forms.items()):
         try:
-            errors[form] = error_of(call(), expected)
+            errors[form] = error_of(checked(operation, call), expected)
         except Exception as error:  # torch.compile fails in many ways; the other forms are still of interest
             if form != "compiled":
                 raise
@@ -221,6 +241,7 @@ def _time(call: Callable[[], Any], device: torch.device) -> float:
         call()
         return time.perf_counter() - begin
     torch.empty(CACHE, dtype=torch.int8, device=device).zero_()
+    torch.cuda._sleep(AHEAD)  # meanwhile the host enqueues the whole call: what is timed is the device
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -266,6 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", help="operations whose name contains this")
     parser.add_argument("--repetitions", type=int, default=100, help="of each form [100]")
     given = parser.parse_args(arguments)
+    if given.json is not None and not given.json.parent.is_dir():
+        parser.error(f"--json: {given.json.parent} is no folder; make it, or name another file")
     if given.repetitions < 1:
         parser.error(f"--repetitions: got {given.repetitions}; 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

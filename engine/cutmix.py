@@ -4,7 +4,7 @@ After a mixed step a box of a sample's latent is replaced by the same box of its
 the loop, from (seed, sample, step) alone; the kernel of the step only reads the plan.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,22 @@ class CutMixPlan:
     """Per step: whether any sample is mixed after it. On the host, so that the loop need not ask the device."""
     parents: tuple[tuple[Parent, ...], ...]
     """Per sample, in the order of the steps."""
+    size: tuple[int, int]
+    """Height and width of the latents."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a box outside the latent or a partner outside the batch, of a plan on the CPU.
+
+        Here, where it costs nothing, and not in the step, which reads the plan on the device.
+        """
+        if self.partners.device.type == "cpu":
+            check_boxes(self.boxes, self.partners, *self.size)
+
+    def to(self, device: torch.device) -> "CutMixPlan":
+        """The same plan with its tensors on the device."""
+        return replace(
+            self, partners=self.partners.to(device), boxes=self.boxes.to(device), targets=self.targets.to(device)
+        )
 
 
 def mixed_steps(recipe: CutMixRecipe, steps: int) -> list[int]:
@@ -97,15 +113,14 @@ def plan_cutmix(
         mask = box_mask(boxes[step], height, width)[:, 0]  # [B, h, w]
         owners = torch.where(mask, owners[partners[step]], owners)
     targets[steps] = targets[steps - 1]  # the last step never mixes
-    # Here, where it costs nothing, and not in the step, which reads the plan on the device.
-    check_boxes(boxes, partners, height, width)
     return CutMixPlan(
-        partners=partners.to(device),
-        boxes=boxes.to(device),
-        targets=targets.to(device),
+        partners=partners,
+        boxes=boxes,
+        targets=targets,
         mixes=tuple((partners != own).any(1).tolist()),
         parents=tuple(tuple(own_parents) for own_parents in parents),
-    )
+        size=size,
+    ).to(device)
 
 
 def _draw(recipe: CutMixRecipe, classes: Tensor, size: tuple[int, int], uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from diffdfkd.engine.combinations import guided_steps
 from diffdfkd.engine.cutmix import CutMixPlan
 from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.schedule import Table
-from diffdfkd.engine.stages import Chain, Gradient, UNet, finite
+from diffdfkd.engine.stages import Chain, Gradient, UNet, dense, finite
 from diffdfkd.kernels.advance import advance
 from diffdfkd.kernels.launch import Kernel
 from diffdfkd.kernels.move import move
@@ -63,10 +63,16 @@ def sample(
     operations between the stages: kernels/launch.py.
     """
     batch, device = len(noise), noise.device
+    doubled = len(context) == 2 * batch
+    if len(context) not in (batch, 2 * batch):
+        raise ValueError(f"context: got {len(context)} rows for {batch} latents; B or 2B of them")
+    if not doubled and (isinstance(scale, Tensor) or scale != 1):
+        raise ValueError(f"scale: got {scale} with a context that is not doubled; only scale 1 needs no second half")
     rows, timesteps = table.rows.to(device), table.timesteps.to(device)
     guided = guided_steps(guidance, table.steps) if chain is not None else [False] * table.steps
     targets = plan.targets.to(device)
-    mix = Mix(plan.partners.to(device), plan.boxes.to(device)) if any(plan.mixes) else None
+    # Checked where the plan was made.
+    mix = Mix(plan.partners.to(device), plan.boxes.to(device), checked=True) if any(plan.mixes) else None
     draw = Draw(seed, sample_ids.to(device))
     scales = scale if isinstance(scale, Tensor) else torch.full((batch,), scale, dtype=torch.float32, device=device)
 
@@ -98,8 +104,9 @@ def sample(
             prediction = predict_at(z, output.detach())
             gradient = chain(prediction.x0, targets[index], alive)
             loss = gradient.losses
-            cotangent = output_cotangent(gradient.gradient, rows, step, scales, doubled=len(inputs) > batch)
-            (by_inputs,) = torch.autograd.grad(output, leaf, cotangent)
+            # What guidance scale and prediction type make of it is left to `move`: the product is linear in it.
+            cotangent = gradient.gradient.repeat(2, 1, 1, 1) if doubled else gradient.gradient
+            (by_inputs,) = torch.autograd.grad(output, leaf, cotangent.to(output.dtype))
             z, prediction, alive = move(
                 z,
                 prediction,
@@ -107,7 +114,7 @@ def sample(
                 step,
                 alive,
                 steering_by(gradient),
-                by_inputs,
+                dense(by_inputs),
                 inputs=inputs if guidance.mode == "exact" else None,
                 kernel=kernel,
             )
@@ -137,12 +144,3 @@ def sample(
         )
 
     return Trajectory(z, alive & finite(z), targets[-1], torch.stack(losses), frozen)
-
-
-def output_cotangent(by_x0: Tensor, rows: Tensor, step: Tensor, scale: Tensor, *, doubled: bool) -> Tensor:
-    """dL/d(UNet output) [B or 2B, c, h, w] from dL/dx0, through x0 = x0_z z + x0_m m and classifier-free guidance."""
-    by_output = row_at(rows, step[1:]).x0_m * by_x0
-    if not doubled:
-        return by_output
-    weight = scale[:, None, None, None]
-    return torch.cat([(1 - weight) * by_output, weight * by_output])

@@ -71,7 +71,7 @@ def look(model: nn.Module, inputs: Iterable[Tensor]) -> Look:
                 unreadable = str(reason)
                 continue
             for index, activation in enumerate(activations):
-                moments = batch_moments(activation, torch.ones(len(batch), device=batch.device))
+                moments = batch_moments(activation, torch.ones(len(batch), device=batch.device), kernel="reference")
                 mean, variance = (moment.double().cpu() for moment in moments)
                 if index == len(sums):
                     sums.append([torch.zeros_like(mean), torch.zeros_like(mean)])

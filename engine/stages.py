@@ -77,7 +77,7 @@ def unet_stage(prior: Prior, dtype: torch.dtype = torch.float32, guidance_scale:
             output = prior.unet(
                 sample, timestep, encoder_hidden_states=context, timestep_cond=condition, return_dict=False
             )[0]
-        return _at_least_float32(output)
+        return dense(_at_least_float32(output))
 
     return unet
 
@@ -149,13 +149,13 @@ def guidance_chain(
             if taps is not None:
                 with torch.set_grad_enabled(use_batchnorm):
                     by_statistics = batchnorm_loss(
-                        [_dense(activation) for activation in taps.inputs],
+                        [dense(activation) for activation in taps.inputs],
                         taps.running_means,
                         taps.running_variances,
                         counts,
                         kernel=kernel,
                     )
-            by_student = adversarial_loss(logits, replies, counts, kernel=kernel) if opponent else zero
+            by_student = adversarial_loss(replies, logits, counts, kernel=kernel) if opponent else zero
             total = (
                 weights.class_weight * by_class
                 + weights.batchnorm_weight * by_statistics
@@ -167,7 +167,7 @@ def guidance_chain(
         norm = torch.linalg.vector_norm(gradient, dim=(1, 2, 3))
         usable = counts & torch.isfinite(norm)
         return Gradient(
-            gradient=_where(usable, gradient, 0),
+            gradient=dense(_where(usable, gradient, 0)),
             norm=torch.where(usable, norm, 0),
             finite=usable,
             losses=torch.stack([total, by_class, by_statistics, by_student]).detach(),
@@ -214,6 +214,12 @@ def arithmetic(device: torch.device, dtype: torch.dtype) -> AbstractContextManag
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def dense(values: Tensor) -> Tensor:
+    """[B, C, ...] in one of the memory formats that kernels read; what lies otherwise is copied."""
+    last = values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
+    return values if last else values.contiguous()
+
+
 def finite(values: Tensor) -> Tensor:
     """[B] bool: all of a sample's values are finite."""
     return torch.isfinite(values).flatten(1).all(1)
@@ -221,12 +227,6 @@ def finite(values: Tensor) -> Tensor:
 
 def _where(samples: Tensor, values: Tensor, other: float) -> Tensor:
     return torch.where(samples.view(-1, *[1] * (values.dim() - 1)), values, other)
-
-
-def _dense(activation: Tensor) -> Tensor:
-    """An activation in one of the memory formats that kernels read; a part of another tensor is copied."""
-    last = activation.dim() == 4 and activation.is_contiguous(memory_format=torch.channels_last)
-    return activation if last else activation.contiguous()
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def tile_offsets(
 
 def counted_samples(weight: Tensor) -> Tensor:
     """bool [B], as the kernels take it."""
-    return (weight if weight.dtype == torch.bool else weight > 0).contiguous()
+    return weight > 0  # a copy, which stays as it is until the backward pass
 
 
 def named_layers(inputs: Sequence[Tensor]) -> dict[str, Tensor]:

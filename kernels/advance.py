@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffdfkd.kernels.box import box_mask
-from diffdfkd.kernels.launch import Kernel, Launch, check_floats, power_of_two, settle_kernel
+from diffdfkd.kernels.launch import Kernel, Launch, blocks, check_floats, power_of_two, settle_kernel
 from diffdfkd.kernels.memory_format import is_channels_last, is_crossed, pixel_of, place
 from diffdfkd.kernels.philox import STEP_NOISE, philox_normal, signed_words
 from diffdfkd.kernels.predict import Prediction, check_latents, tiling
@@ -29,10 +29,11 @@ from diffdfkd.kernels.row import (
     N_COLUMNS,
     X0_M,
     check_table,
+    counted_step,
     row_at,
 )
 from diffdfkd.kernels.sample_step import sample_state, stepped
-from diffdfkd.kernels.step import Draw, Guidance, Mix, NextInput, check_step
+from diffdfkd.kernels.step import Draw, Guidance, Mix, NextInput, check_format, check_step
 
 
 class Advance(NamedTuple):
@@ -87,11 +88,14 @@ def advance_reference(
     still = living
     if mix is not None:
         partners, boxes = mix.partners.index_select(0, now)[0], mix.boxes.index_select(0, now)[0]
+        known = (partners >= 0) & (partners < len(z))
+        partners = torch.where(known, partners, 0)
+        giving = living[partners] & known
         mixed = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        inside = box_mask(boxes, *z.shape[2:]) & (living & living[partners])[:, None, None, None]
+        inside = box_mask(boxes, *z.shape[2:]) & (living & giving)[:, None, None, None]
         following = torch.where(inside, following[partners], following)
         x0 = torch.where(inside, x0[partners], x0)
-        still = living & (living[partners] | ~mixed)
+        still = living & (giving | ~mixed)
     if frozen is not None:
         frozen.index_add_(0, now, (alive & ~still).sum(dtype=frozen.dtype)[None])
     following_step = (now + 1).clamp(max=len(rows) - 1)
@@ -153,7 +157,7 @@ def _advance_kernel(
     GUIDED: tl.constexpr = gradient is not None
     sample = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    now = tl.load(step + 1)
+    now = counted_step(step + 1, steps)
     following_step = tl.minimum(now + 1, steps - 1)
     row = rows + now * N_COLUMNS
     x0_m = tl.load(row + X0_M)
@@ -174,10 +178,13 @@ def _advance_kernel(
         top, left, bottom, right = tl.load(box), tl.load(box + 1), tl.load(box + 2), tl.load(box + 3)
         if (bottom > top) & (right > left):
             partner = tl.load(partners + now.to(tl.int64) * batch + sample)
+            # Refused where the plan is made; one that slipped through must not be followed.
+            known = (partner >= 0) & (partner < batch)
+            partner = tl.where(known, partner, sample)
             partner_living, partner_size = sample_state(
                 partner, alive, finite, squares, gradient_norm, scale, x0_m, rho, batch, tiles, TILES, GUIDED, RULE
             )
-            still = living & partner_living
+            still = living & partner_living & known
             pixel = pixel_of(i, channels, pixels, CHANNELS_LAST)
             y, x = pixel // width, pixel % width
             patch = inside & (y >= top) & (y < bottom) & (x >= left) & (x < right) & still
@@ -202,7 +209,7 @@ def _advance_kernel(
     if tile == 0:
         tl.store(alive_out + sample, still)
         if frozen is not None:
-            tl.atomic_add(frozen + now, 1, mask=(tl.load(alive + sample) != 0) & (still == 0))
+            tl.atomic_add(frozen + now, 1, mask=(tl.load(alive + sample) != 0) & (still == 0), sem="relaxed")
         if input_out is not None:
             timestep = tl.load(timesteps + following_step)
             tl.store(timestep_out + sample, timestep)
@@ -233,21 +240,20 @@ def advance_launch(
     block, warps = tiling(n)
     tiles = prediction.squares.shape[2]
     channels_last = is_channels_last("z", z)
-    for name in ("x0", "eps_hat"):
-        if is_crossed(f"prediction.{name}", getattr(prediction, name), z):
-            raise ValueError(f"prediction.{name}: not of the memory format of z; hand on what `predict` made from z")
+    check_format(prediction, z)
     explicit = noise if isinstance(noise, Tensor) else None
     gradient = guidance.gradient if guidance is not None else None
     inputs = next_input.sample if next_input is not None else None
-    check_floats(previous_x0=previous_x0, gradient=gradient, noise=explicit, sample=inputs)
+    foreign = {
+        "PREVIOUS": ("previous_x0", previous_x0),
+        "GRADIENT": ("guidance.gradient", gradient),
+        "NOISE": ("noise", explicit),
+        "INPUT": ("next_input.sample", inputs),
+    }
+    check_floats(**dict(foreign.values()))
     crossed = {
-        f"{name}_CROSSED": tensor is not None and is_crossed(name.lower(), tensor, z)
-        for name, tensor in {
-            "PREVIOUS": previous_x0,
-            "GRADIENT": gradient,
-            "NOISE": explicit,
-            "INPUT": inputs,
-        }.items()
+        f"{flag}_CROSSED": tensor is not None and is_crossed(name, tensor, z)
+        for flag, (name, tensor) in foreign.items()
     }
     seed_low, seed_high = signed_words(noise.seed) if isinstance(noise, Draw) else (0, 0)
     result = Advance(torch.empty_like(z), torch.empty_like(z) if keep_x0 else None, torch.empty_like(alive))
@@ -295,9 +301,10 @@ def advance_launch(
         "CHANNELS_LAST": channels_last,
         **crossed,
     }
-    return Launch(_advance_kernel, (batch, -(-n // block)), arguments, constants, warps), result
+    return Launch(_advance_kernel, (batch, blocks(n, block)), arguments, constants, warps), result
 
 
+@torch.no_grad()
 def advance(
     z: Tensor,
     prediction: Prediction,
@@ -318,7 +325,8 @@ def advance(
 
     The table's row is ``step[1]``; ``step[0]`` becomes the next. ``alive`` bool [B]. Without ``guidance``, ``noise``
     (drawn, or numbers [B, c, h, w]) or ``mix`` the step has none. ``frozen`` int32 [S] counts, per step, the samples
-    that stopped being alive in it. Raises ValueError, before anything is written, for what does not fit together.
+    that stopped being alive in it. A ``mix`` that was not checked where it was made is checked here, which waits for
+    the device. No graph is built. Raises ValueError, before anything is written, for what does not fit together.
     """
     check_latents(z)
     check_table(rows, step, z)

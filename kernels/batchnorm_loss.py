@@ -103,7 +103,7 @@ def _distance_kernel(
 
 
 @triton.jit
-def _gradient_kernel(
+def _batchnorm_gradient_kernel(
     x,  # [B, C, P] or [B, P, C]
     gradient,  # as x
     counted,  # [B] bool
@@ -178,7 +178,7 @@ def gradient_launch(
         "splits": splits,
     }
     grid = (len(activation) * splits * cut.channel_blocks,)
-    return Launch(_gradient_kernel, grid, arguments, cut.constants, cut.warps), gradient
+    return Launch(_batchnorm_gradient_kernel, grid, arguments, cut.constants, cut.warps), gradient
 
 
 class HeldLoss(torch.autograd.Function):

@@ -124,9 +124,12 @@ def advance(
     return Configuration("advance", name, launch, "z", minimum, skipped=() if by_z else ("z",))
 
 
-def move(name: str, shape: Sequence[int], dtype: torch.dtype, *, exact: bool) -> Configuration:
+def move(
+    name: str, shape: Sequence[int], dtype: torch.dtype, *, exact: bool, channels_last: bool = False
+) -> Configuration:
     def launch() -> Launch:
-        z, by_inputs, inputs = tensor(shape), tensor(shape, dtype, copies=2), tensor(shape, dtype, copies=2)
+        z = tensor(shape, channels_last=channels_last)
+        by_inputs, inputs = (tensor(shape, dtype, copies=2, channels_last=channels_last) for _ in range(2))
         alive = vector(len(z), torch.bool)
         given = (*place_in_table(), alive, guidance(z, "unit"), by_inputs, inputs if exact else None)
         return move_launch(z, prediction(z), *given)[0]
@@ -225,11 +228,27 @@ def configurations() -> list[Configuration]:
         advance("SD-1.5, DPM-Solver++, CutMix", SD15, multistep=True),
         advance("SD-1.5, LCM, CutMix", SD15, copies=1, drawn=True, by_z=True),
         advance("SDXL, DDIM, CutMix", SDXL),
+        # As the sampler calls it today: channels_last, and a UNet stage that takes and gives float32.
+        advance("SD-1.5, DDIM, CutMix, fp32, channels_last", SD15, single, channels_last=True),
+        advance("SD-1.5, cfg rule, CutMix, fp32, channels_last", SD15, single, rule="cfg", channels_last=True),
+        advance("SD-1.5, DPM-Solver++, CutMix, fp32, channels_last", SD15, single, multistep=True, channels_last=True),
+        advance(
+            "SD-1.5, LCM, CutMix, fp32, channels_last",
+            SD15,
+            single,
+            copies=1,
+            drawn=True,
+            by_z=True,
+            channels_last=True,
+        ),
+        advance("demo, DPM-Solver++, CutMix, fp32, channels_last", DEMO, single, multistep=True, channels_last=True),
         advance("SD-1.5, DDPM, CutMix, batch 1", (1, *SD15[1:]), drawn=True),
         move("demo, exact, fp32", DEMO, single, exact=True),
         move("demo, reuse, fp32", DEMO, single, exact=False),
         move("SD-1.5, exact, fp16", SD15, half, exact=True),
         move("SD-1.5, reuse, fp16", SD15, half, exact=False),
+        move("SD-1.5, exact, fp32, channels_last", SD15, single, exact=True, channels_last=True),
+        move("SD-1.5, reuse, fp32, channels_last", SD15, single, exact=False, channels_last=True),
         *(
             configuration
             for shape in ((32, 64, 56, 56), (100, 32, 32, 32))

@@ -124,7 +124,7 @@ def _divergence_kernel(
 
 
 @triton.jit
-def _gradient_kernel(
+def _divergence_gradient_kernel(
     by_divergence,  # [B] float32
     student,  # [B, K]
     teacher,  # [B, K]
@@ -214,7 +214,7 @@ def gradient_launch(
     rows, block, warps = tiling(classes)
     gradient = torch.empty_like(student)
     launch = Launch(
-        _gradient_kernel,
+        _divergence_gradient_kernel,
         (blocks(batch, rows), blocks(classes, block)),
         {
             "by_divergence": by_divergence,
@@ -279,7 +279,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float, 
 
 
 def adversarial_loss(
-    teacher_logits: Tensor, student_logits: Tensor, weight: Tensor, *, kernel: Kernel = "auto"
+    student_logits: Tensor, teacher_logits: Tensor, weight: Tensor, *, kernel: Kernel = "auto"
 ) -> Tensor:
     """L_adv: minus the mean of KL(teacher || student) where both name the same class, over samples of weight 1.
 

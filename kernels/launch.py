@@ -4,8 +4,12 @@ A `Launch` holds all that decides a kernel's machine code, so that what is compi
 (ahead_of_time.py) is what would run on one.
 """
 
+import os
+import shutil
+import sysconfig
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -51,7 +55,8 @@ def settle_kernel(kernel: Kernel, device: torch.device) -> Literal["triton", "re
     """The form that is meant on this device; raises KernelUnavailable where ``triton`` cannot be had."""
     if kernel not in ("auto", "triton", "reference"):
         raise ValueError(f"kernel: got {kernel!r}; auto, triton or reference")
-    if kernel == "reference" or (kernel == "auto" and device.type != "cuda"):
+    # The interpreter would carry a kernel out on the CPU, wherever its tensors are: only where it is asked for.
+    if kernel == "reference" or (kernel == "auto" and (device.type != "cuda" or INTERPRETED)):
         return "reference"
     if device.type == "cuda" or INTERPRETED:
         return "triton"
@@ -61,15 +66,35 @@ def settle_kernel(kernel: Kernel, device: torch.device) -> Literal["triton", "re
     )
 
 
+def launch_fault() -> str | None:
+    """What keeps Triton from launching kernels on a GPU, and the cure; None if nothing does.
+
+    It compiles a small program of its own the first time, for which it needs a C compiler and Python's headers.
+    """
+    if os.environ.get("CC") is None and not any(map(shutil.which, ("gcc", "clang"))):
+        return "Triton needs a C compiler to launch kernels; install gcc, or name one in CC"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "Triton needs Python's headers to launch kernels; install them (python3-dev)"
+    return None
+
+
 def check_tensor(
-    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device
+    name: str,
+    tensor: Tensor | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    *,
+    optional: bool = False,
 ) -> None:
     """Raises ValueError for a tensor of another shape, dtype or device; ``dtype`` None allows every float dtype.
 
-    Vectors and tables, unlike latents, must be contiguous. None in the place of a tensor passes.
+    Vectors and tables, unlike latents, must be contiguous. None passes where it is ``optional``.
     """
-    if tensor is None:
+    if tensor is None and optional:
         return
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: got {tensor!r}; a tensor of shape {shape} expected")
     if tensor.shape != shape:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; {shape} expected")
     if dtype is None and not tensor.is_floating_point():

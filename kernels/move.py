@@ -1,7 +1,7 @@
 """Guidance of z rather than of x0: modes ``exact`` (as published: DiffDFKD, arXiv 2504.00870) and ``reuse``.
 
     y   = input_scale z                                  the UNet's input, in which Euler's z is like the others'
-    g   = x0_z / input_scale dL/dx0 + sum over halves of dL/d(UNet input)
+    g   = x0_z / input_scale d + x0_m ((1 - w) J_u'd + w J_c'd)        d = dL/dx0, J_u and J_c: the UNet's two halves
     y'  = y - step_size_b g_b                            step size by the rho rules, with |y| in the place of |x0|
     x0' = x0 - (y - y') / alpha                          ``reuse``: eps_hat is held (y = alpha x0 + sigma eps_hat)
 
@@ -20,8 +20,8 @@ from diffdfkd.kernels.launch import Kernel, Launch, check_floats, check_tensor, 
 from diffdfkd.kernels.memory_format import is_channels_last, is_crossed, place
 from diffdfkd.kernels.predict import Prediction, check_latents, sum_of_squares
 from diffdfkd.kernels.rho import RULES, step_size, step_size_reference
-from diffdfkd.kernels.row import ALPHA, EPS_M, INPUT_SCALE, N_COLUMNS, X0_Z, check_table, row_at
-from diffdfkd.kernels.step import Guidance, check_guidance, check_prediction
+from diffdfkd.kernels.row import ALPHA, EPS_M, INPUT_SCALE, N_COLUMNS, X0_M, X0_Z, check_table, counted_step, row_at
+from diffdfkd.kernels.step import Guidance, check_format, check_guidance, check_prediction, refuse_overlap
 
 
 class Move(NamedTuple):
@@ -44,8 +44,11 @@ def move_reference(
     inputs: Tensor | None,
 ) -> Move:
     row = row_at(rows, step[1:])
-    gradient = row.x0_z / row.input_scale * guidance.gradient.float()
-    gradient = gradient + by_inputs.float().unflatten(0, (-1, len(z))).sum(0)
+    products = row.x0_m * by_inputs.float()
+    if len(products) == 2 * len(z):
+        unconditional, conditional = products.chunk(2)
+        products = unconditional + guidance.scale[:, None, None, None] * (conditional - unconditional)
+    gradient = row.x0_z / row.input_scale * guidance.gradient.float() + products
     norm = torch.linalg.vector_norm(gradient, dim=(1, 2, 3))
     living = alive & guidance.finite & torch.isfinite(norm)
     y_norm = row.input_scale * torch.linalg.vector_norm(z, dim=(1, 2, 3))
@@ -75,14 +78,16 @@ def _gradient(
     by_inputs,
     half,
     factor,
+    x0_m,
+    w,
     DOUBLED: tl.constexpr,
 ):
     """g [BLOCK] of the UNet's input."""
-    g = factor * tl.load(by_x0 + by_x0_at, mask=inside, other=0.0).to(tl.float32)
-    g += tl.load(by_inputs + by_inputs_at, mask=inside, other=0.0).to(tl.float32)
+    product = tl.load(by_inputs + by_inputs_at, mask=inside, other=0.0).to(tl.float32)
     if DOUBLED:
-        g += tl.load(by_inputs + half + by_inputs_at, mask=inside, other=0.0).to(tl.float32)
-    return g
+        conditional = tl.load(by_inputs + half + by_inputs_at, mask=inside, other=0.0).to(tl.float32)
+        product += w * (conditional - product)
+    return factor * tl.load(by_x0 + by_x0_at, mask=inside, other=0.0).to(tl.float32) + x0_m * product
 
 
 @triton.jit(do_not_specialize=["batch"])  # a batch of 1 would become a Python number
@@ -108,6 +113,7 @@ def _move_kernel(
     channels,
     pixels,
     tiles,
+    steps,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     RULE: tl.constexpr,
@@ -119,9 +125,10 @@ def _move_kernel(
 ):
     sample = tl.program_id(0).to(tl.int64)
     base, half = sample * n, batch.to(tl.int64) * n
-    row = rows + tl.load(step + 1) * N_COLUMNS
+    row = rows + counted_step(step + 1, steps) * N_COLUMNS
     input_scale = tl.load(row + INPUT_SCALE)
-    factor = tl.load(row + X0_Z) / input_scale
+    factor, x0_m = tl.load(row + X0_Z) / input_scale, tl.load(row + X0_M)
+    w = tl.load(scale + sample)
 
     g_squares = tl.zeros([BLOCK], tl.float32)
     z_squares = tl.zeros([BLOCK], tl.float32)
@@ -132,7 +139,7 @@ def _move_kernel(
             base + i,
             base + place(i, channels, pixels, CHANNELS_LAST, GRADIENT_CROSSED),
             base + place(i, channels, pixels, CHANNELS_LAST, BY_INPUTS_CROSSED),
-            inside, by_x0, by_inputs, half, factor, DOUBLED,
+            inside, by_x0, by_inputs, half, factor, x0_m, w, DOUBLED,
         )  # fmt: skip
         old = tl.load(z + base + i, mask=inside, other=0.0)
         g_squares += g * g
@@ -144,7 +151,7 @@ def _move_kernel(
     guidance_squares = tl.sum(tl.load(squares + sample * tiles + tile, mask=tile < tiles, other=0.0))
     y_norm = input_scale * tl.sqrt(tl.sum(z_squares))
     eps_m = tl.load(row + EPS_M)
-    size = step_size(norm, y_norm, tl.sqrt(guidance_squares), tl.load(scale + sample), eps_m, rho, RULE)
+    size = step_size(norm, y_norm, tl.sqrt(guidance_squares), w, eps_m, rho, RULE)
     size = tl.where(living, size, 0.0)
     alpha = tl.load(row + ALPHA)
     per_y = tl.where(alpha > 0.0, 1.0 / tl.where(alpha > 0.0, alpha, 1.0), 0.0)
@@ -158,7 +165,7 @@ def _move_kernel(
             base + i,
             base + place(i, channels, pixels, CHANNELS_LAST, GRADIENT_CROSSED),
             base + place(i, channels, pixels, CHANNELS_LAST, BY_INPUTS_CROSSED),
-            inside & (tl.full([BLOCK], size, tl.float32) != 0.0), by_x0, by_inputs, half, factor, DOUBLED,
+            inside & (tl.full([BLOCK], size, tl.float32) != 0.0), by_x0, by_inputs, half, factor, x0_m, w, DOUBLED,
         )  # fmt: skip
         new = tl.load(z + base + i, mask=inside, other=0.0) - moved / input_scale
         tl.store(z_out + base + i, new, mask=inside)
@@ -191,10 +198,8 @@ def move_launch(
     """The kernel's call and the tensors that it will fill."""
     batch, channels, height, width = z.shape
     n = channels * height * width
-    check_floats(gradient=guidance.gradient, by_inputs=by_inputs, inputs=inputs)
-    for name in ("x0", "eps_hat"):
-        if is_crossed(f"prediction.{name}", getattr(prediction, name), z):
-            raise ValueError(f"prediction.{name}: not of the memory format of z; hand on what `predict` made from z")
+    check_floats(**{"guidance.gradient": guidance.gradient, "by_inputs": by_inputs, "inputs": inputs})
+    check_format(prediction, z)
     result = Move(torch.empty_like(z), prediction, torch.empty_like(alive))
     x0_out = squares_out = None
     if inputs is None:
@@ -225,6 +230,7 @@ def move_launch(
         "channels": channels,
         "pixels": height * width,
         "tiles": tiles,
+        "steps": len(rows),
     }
     constants = {
         "BLOCK": block,
@@ -232,13 +238,14 @@ def move_launch(
         "RULE": RULES.index(guidance.rule),
         "DOUBLED": len(by_inputs) == 2 * batch,
         "CHANNELS_LAST": is_channels_last("z", z),
-        "GRADIENT_CROSSED": is_crossed("gradient", guidance.gradient, z),
+        "GRADIENT_CROSSED": is_crossed("guidance.gradient", guidance.gradient, z),
         "BY_INPUTS_CROSSED": is_crossed("by_inputs", by_inputs, z),
         "INPUT_CROSSED": inputs is not None and is_crossed("inputs", inputs, z),
     }
     return Launch(_move_kernel, (batch,), arguments, constants, max(1, block // 256)), result
 
 
+@torch.no_grad()
 def move(
     z: Tensor,
     prediction: Prediction,
@@ -253,9 +260,10 @@ def move(
 ) -> Move:
     """z [B, c, h, w] moved against dL/dz at the table's row ``step[1]``, before the sampler's step.
 
-    ``guidance`` holds dL/dx0, ``by_inputs`` [B or 2B, c, h, w] the gradient by the UNet's input that flows through the
-    UNet. With ``inputs``, of its shape, mode ``exact``: they receive the UNet's input at the new z, and a prediction is
-    to be made there; without, mode ``reuse``. Raises ValueError, before anything is written, for what does not fit.
+    ``guidance`` holds dL/dx0, ``by_inputs`` [B or 2B, c, h, w] what the UNet's vector-Jacobian product makes of it in
+    each half of the batch: the weights of prediction type and guidance scale are applied here. With ``inputs``, of its
+    shape, mode ``exact``: they receive the UNet's input at the new z, and a prediction is to be made there; without,
+    mode ``reuse``. No graph is built. Raises ValueError, before anything is written, for what does not fit.
     """
     batch = len(z)
     check_latents(z)
@@ -265,7 +273,9 @@ def move(
     check_tensor("alive", alive, (batch,), torch.bool, z.device)
     copies = 2 if len(by_inputs) == 2 * batch else 1
     for name, tensor in {"by_inputs": by_inputs, "inputs": inputs}.items():
-        check_tensor(name, tensor, (copies * batch, *z.shape[1:]), None, z.device)
+        check_tensor(name, tensor, (copies * batch, *z.shape[1:]), None, z.device, optional=name == "inputs")
+    read = {"z": z, "prediction.x0": prediction.x0, "guidance.gradient": guidance.gradient, "by_inputs": by_inputs}
+    refuse_overlap("inputs", inputs, read)
     if settle_kernel(kernel, z.device) == "reference":
         return move_reference(z, prediction, rows, step, alive, guidance, by_inputs, inputs)
     launch, result = move_launch(z, prediction, rows, step, alive, guidance, by_inputs, inputs)

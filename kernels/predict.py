@@ -17,10 +17,10 @@ from torch import Tensor
 
 from diffdfkd.kernels.launch import Kernel, Launch, blocks, check_floats, power_of_two, settle_kernel
 from diffdfkd.kernels.memory_format import is_channels_last, is_crossed, place
-from diffdfkd.kernels.row import EPS_M, EPS_Z, N_COLUMNS, X0_M, X0_Z, check_table, row_at
+from diffdfkd.kernels.row import EPS_M, EPS_Z, N_COLUMNS, X0_M, X0_Z, check_table, counted_step, row_at
 
-MOST_ELEMENTS = 2**31 - 1
-"""Of one sample; over the batch, offsets have 64 bits."""
+MOST_ELEMENTS = 65_535 * 1024
+"""Of one sample, whose tiles lie along the second axis of a grid; over the batch, offsets have 64 bits."""
 
 
 class Prediction(NamedTuple):
@@ -80,6 +80,7 @@ def _predict_kernel(
     channels,
     pixels,
     tiles,
+    steps,
     BLOCK: tl.constexpr,
     DOUBLED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -87,7 +88,7 @@ def _predict_kernel(
 ):
     sample = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    now = tl.load(step)
+    now = counted_step(step, steps)
     if (tl.program_id(0) == 0) & (tile == 0):
         tl.store(step + 1, now)
     i = tile * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
@@ -153,6 +154,7 @@ def predict_launch(
             "channels": channels,
             "pixels": height * width,
             "tiles": tiles,
+            "steps": len(rows),
         },
         {
             "BLOCK": block,
@@ -165,6 +167,7 @@ def predict_launch(
     return launch, result
 
 
+@torch.no_grad()
 def predict(
     z: Tensor, model_output: Tensor, rows: Tensor, step: Tensor, scale: Tensor | float, *, kernel: Kernel = "auto"
 ) -> Prediction:
@@ -172,16 +175,20 @@ def predict(
 
     ``model_output`` is [2B, c, h, w], unconditional half first, with ``scale`` a number or [B]; or [B, c, h, w] where
     classifier-free guidance is off (scale 1). Any float dtype; z, arithmetic and results are float32. ``rows``
-    [S, n_columns] and the step counter int32 [2]: kernels/row.py. Raises ValueError, before anything is written, for
-    what does not fit together.
+    [S, n_columns] and the step counter int32 [2]: kernels/row.py. No graph is built. Raises ValueError, before anything
+    is written, for what does not fit together.
     """
     batch = z.shape[0]
     check_latents(z)
     if model_output.shape[1:] != z.shape[1:] or model_output.shape[0] not in (batch, 2 * batch):
         raise ValueError(f"model_output: got {tuple(model_output.shape)} for latents {tuple(z.shape)}; B or 2B of them")
+    if not model_output.is_floating_point():
+        raise ValueError(f"model_output: got {model_output.dtype}; a float dtype expected")
     if model_output.device != z.device:
         raise ValueError(f"devices: z {z.device}, model_output {model_output.device}; one expected")
     check_table(rows, step, z)
+    if not isinstance(scale, Tensor | float | int):
+        raise ValueError(f"scale: got {scale!r}; a number, or float32 [B]")
     if isinstance(scale, Tensor):
         if scale.shape != (batch,) or scale.device != z.device or scale.dtype != torch.float32:
             raise ValueError(
@@ -201,5 +208,10 @@ def predict(
 
 def check_latents(z: Tensor) -> None:
     """Raises ValueError unless z is float32 [B, c, h, w] with at least one element."""
+    if z.dim() == 4 and not len(z):
+        raise ValueError(f"z: got {tuple(z.shape)}; at least one sample expected")
     if z.dim() != 4 or z.dtype != torch.float32 or not 0 < z[:1].numel() <= MOST_ELEMENTS:
-        raise ValueError(f"z: got {z.dtype} {tuple(z.shape)}; float32 latents [B, c, h, w] expected")
+        raise ValueError(
+            f"z: got {z.dtype} {tuple(z.shape)}; float32 latents [B, c, h, w] with 1 to {MOST_ELEMENTS:,} elements a "
+            "sample expected"
+        )

@@ -15,8 +15,15 @@ takes row ``step[0]`` and notes it in ``step[1]``; `advance` takes row ``step[1]
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
+
+
+@triton.jit
+def counted_step(counter, steps):
+    """The step that a counter holds, inside the table: one replay too many must not read or write behind it."""
+    return tl.minimum(tl.maximum(tl.load(counter), 0), steps - 1)
 
 
 class Row(NamedTuple):
@@ -64,9 +71,11 @@ def row_at(rows: Tensor, step: Tensor) -> Row:
 
 def check_table(rows: Tensor, step: Tensor, like: Tensor) -> None:
     """Raises ValueError unless ``rows`` and ``step`` are a table and a step counter on the device of ``like``."""
-    if rows.dim() != 2 or rows.shape[1] != len(COLUMNS) or rows.dtype != torch.float32 or not rows.is_contiguous():
+    shaped = rows.dim() == 2 and len(rows) > 0 and rows.shape[1] == len(COLUMNS)
+    if not shaped or rows.dtype != torch.float32 or not rows.is_contiguous():
         raise ValueError(
-            f"rows: got {rows.dtype} {tuple(rows.shape)}; a table is contiguous float32 [steps, {len(COLUMNS)}]"
+            f"rows: got {rows.dtype} {tuple(rows.shape)}; a table is contiguous float32 [steps, {len(COLUMNS)}], of at "
+            "least one step"
         )
     if step.shape != (2,) or step.dtype != torch.int32 or not step.is_contiguous():
         raise ValueError(f"step: got {step.dtype} {tuple(step.shape)}; a step counter is int32 [2]: start_counter")

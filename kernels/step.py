@@ -1,5 +1,7 @@
 """What one sampling step takes besides latents and prediction: gradient, noise, CutMix, the UNet's input buffers."""
 
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from diffdfkd.kernels.box import check_boxes
 from diffdfkd.kernels.launch import check_tensor
+from diffdfkd.kernels.memory_format import is_crossed
 from diffdfkd.kernels.predict import Prediction
 from diffdfkd.kernels.rho import RULES, Rule
 
@@ -33,6 +36,8 @@ class Mix(NamedTuple):
     """[S, B] int64, index in the batch."""
     boxes: Tensor
     """[S, B, 4] int32 (top, left, bottom, right), half open; empty: the sample is not mixed."""
+    checked: bool = False
+    """Whether partners and boxes are known to lie inside: else their values are looked at in each step."""
 
 
 class Draw(NamedTuple):
@@ -61,7 +66,7 @@ def checked_mix(partners: Tensor, boxes: Tensor, height: int, width: int, device
     itself must not do: make it where the plan is made, before the loop.
     """
     check_boxes(boxes, partners, height, width)
-    return Mix(partners.to(device, torch.int64).contiguous(), boxes.to(device, torch.int32).contiguous())
+    return Mix(partners.to(device, torch.int64).contiguous(), boxes.to(device, torch.int32).contiguous(), checked=True)
 
 
 def check_step(
@@ -104,14 +109,50 @@ def check_step(
             ("next_input.timesteps", next_input.timesteps, (steps,), real),
         ]
     for name, tensor, shape, dtype in expected:
-        check_tensor(name, tensor, shape, dtype, z.device)
+        check_tensor(name, tensor, shape, dtype, z.device, optional=name in ("previous_x0", "noise", "frozen"))
+    if isinstance(noise, Draw) and not (isinstance(noise.seed, int) and 0 <= noise.seed < 2**64):
+        raise ValueError(f"noise.seed: got {noise.seed!r}; it must lie in [0, 2**64)")
+    if mix is not None and not mix.checked:
+        check_boxes(mix.boxes, mix.partners, *latents[2:])
+    if next_input is not None:
+        read: dict[str, Tensor | None] = {
+            "z": z,
+            "prediction.x0": prediction.x0,
+            "prediction.eps_hat": prediction.eps_hat,
+        }
+        read |= {"previous_x0": previous_x0, "noise": None if isinstance(noise, Draw) else noise}
+        read["guidance.gradient"] = guidance.gradient if guidance is not None else None
+        refuse_overlap("next_input.sample", next_input.sample, read)
+
+
+def check_format(prediction: Prediction, z: Tensor) -> None:
+    """Raises ValueError for a prediction that does not lie in the memory format of z."""
+    for name in ("x0", "eps_hat"):
+        if is_crossed(f"prediction.{name}", getattr(prediction, name), z):
+            raise ValueError(f"prediction.{name}: not of the memory format of z; hand on what `predict` made from z")
+
+
+def refuse_overlap(name: str, written: Tensor | None, read: Mapping[str, Tensor | None]) -> None:
+    """Raises ValueError where a buffer that is written shares memory with a tensor that other programs still read."""
+    if written is None or written.is_meta:
+        return
+    start, end = _span(written)
+    for other, tensor in read.items():
+        if tensor is not None and _span(tensor)[0] < end and start < _span(tensor)[1]:
+            raise ValueError(f"{name}: it shares memory with {other}; give it a buffer of its own")
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First and last byte, exclusive, in memory."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
 def check_prediction(prediction: Prediction, z: Tensor) -> None:
     """Raises ValueError for a prediction that does not fit latents z."""
     check_tensor("prediction.x0", prediction.x0, tuple(z.shape), torch.float32, z.device)
     check_tensor("prediction.eps_hat", prediction.eps_hat, tuple(z.shape), torch.float32, z.device)
-    tiles = prediction.squares.shape[-1]
+    tiles = prediction.squares.shape[-1] if prediction.squares.dim() == 3 else 1
     check_tensor("prediction.squares", prediction.squares, (2, len(z), tiles), torch.float32, z.device)
 
 
@@ -124,3 +165,5 @@ def check_guidance(guidance: Guidance, z: Tensor) -> None:
     check_tensor("guidance.scale", guidance.scale, batch, torch.float32, z.device)
     if guidance.rule not in RULES:
         raise ValueError(f"guidance.rule: got {guidance.rule!r}; one of {', '.join(RULES)}")
+    if not (isinstance(guidance.rho, float | int) and math.isfinite(guidance.rho) and guidance.rho >= 0):
+        raise ValueError(f"guidance.rho: got {guidance.rho!r}; a finite number from 0 on expected")

@@ -65,6 +65,7 @@ def distill(recipe: Recipe, images: Path | None = None, *, progress: bool = True
                     parts=shard_parts(folder, 1) if images is None else None,
                     journal=journal,
                     device=recipe.device,
+                    kernel=recipe.kernel,
                     progress=progress,
                 )
             if rank() > 0:

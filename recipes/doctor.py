@@ -14,11 +14,6 @@ from diffdfkd.recipes.machine import examine_disk, examine_gpu, examine_launcher
 
 WIDTH = 100
 
-KERNELS = {
-    "triton": "kernel=auto takes the fused Triton kernels",
-    "reference": "kernel=auto takes the plain formulation; the fused Triton kernels want a GPU",
-}
-
 LAUNCHERS = {
     "torchrun": "several processes for diffdfkd distill on one or more machines",
     "deepspeed": "the same, with DeepSpeed's own launcher",
@@ -52,7 +47,7 @@ def examine() -> dict[str, Any]:
         "memory": examine_memory(),
         "disk": examine_disk(Path.cwd()),
         "gpu": gpu,
-        "kernel": "triton" if gpu["devices"] else "reference",
+        "kernel": _kernels(bool(gpu["devices"])),
         "launchers": examine_launchers(),
         "python": {"version": platform.python_version(), "system": platform.platform()},
         "packages": packages,
@@ -71,7 +66,7 @@ def _lines(found: Mapping[str, Any]) -> Iterable[str]:
     yield _line("memory", f"{_gib(memory['total'])}, {_gib(memory['available'])} available{limit}")
     yield _line("disk", f"{_gib(disk['free'])} free at {disk['folder']}")
     yield from _gpu(found["gpu"])
-    yield _line("kernels", KERNELS[found["kernel"]])
+    yield _line("kernels", found["kernel"]["words"])
     for name, there in found["launchers"].items():
         yield _line(name, f"{'found' if there else 'not found'}: {LAUNCHERS[name]}")
     yield _line("python", f"{found['python']['version']} on {found['python']['system']}")
@@ -81,6 +76,16 @@ def _lines(found: Mapping[str, Any]) -> Iterable[str]:
     for name, extra in found["extras"].items():
         yield ""
         yield from _extra(name, extra)
+
+
+def _kernels(gpu: bool) -> dict[str, str]:
+    """Which form of the operations between the networks ``kernel=auto`` takes here, and why."""
+    from diffdfkd.kernels.launch import launch_fault
+
+    fault = launch_fault() if gpu else "the fused Triton kernels want a GPU"
+    if fault is None:
+        return {"auto": "triton", "words": "kernel=auto takes the fused Triton kernels"}
+    return {"auto": "reference", "words": f"kernel=auto takes the plain formulation: {fault}"}
 
 
 def _gpu(gpu: Mapping[str, Any]) -> Iterable[str]:

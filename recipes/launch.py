@@ -1,10 +1,13 @@
 """What one process of a command takes of the machine: its device, its threads, its place in a launch of several."""
 
+import logging
 import os
 from typing import Literal
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 
 def settle_machine(recipe: Recipe, before: Recipe | None = None) -> Recipe:
@@ -18,8 +21,12 @@ def settle_machine(recipe: Recipe, before: Recipe | None = None) -> Recipe:
         )
     threads = recipe.threads or (before.threads if before else None) or machine_threads()
     kernel = recipe.kernel if recipe.kernel != "auto" else before.kernel if before else _kernel(device)
-    if kernel == "triton" and device != "cuda":
-        kernel = _kernel(device, "triton")
+    if kernel == "triton":
+        try:
+            kernel = _kernel(device, "triton")
+        except UserError as error:
+            place = ", in another output folder" if before is not None and before.kernel == "triton" else ""
+            raise UserError(f"{error}{place}") from None
     return recipe.model_copy(update={"device": device, "threads": threads, "kernel": kernel})
 
 
@@ -53,12 +60,18 @@ def _kernel(device: str, wanted: Literal["auto", "triton"] = "auto") -> str:
         return "reference"
     import torch
 
-    from diffdfkd.kernels.launch import KernelUnavailable, settle_kernel
+    from diffdfkd.kernels.launch import KernelUnavailable, launch_fault, settle_kernel
 
     try:
-        return settle_kernel(wanted, torch.device(device))
+        settled = settle_kernel(wanted, torch.device(device))
     except KernelUnavailable as error:
         raise UserError(str(error)) from None
+    if settled == "triton" and device == "cuda" and (fault := launch_fault()) is not None:
+        if wanted == "triton":
+            raise UserError(f"kernel: {fault}; or give kernel=reference")
+        log.warning("kernel=auto takes the plain formulation, which is slower: %s", fault)
+        return "reference"
+    return settled
 
 
 def machine_threads() -> int:

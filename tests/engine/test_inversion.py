@@ -106,7 +106,7 @@ def test_adversarial_loss_is_minus_the_divergence_where_both_agree():
     divergences = [
         functional.kl_div(student[row].log_softmax(0), teacher[row].softmax(0), reduction="sum") for row in (0, 2)
     ]
-    loss = adversarial_loss(teacher, student, torch.ones(3))
+    loss = adversarial_loss(student, teacher, torch.ones(3))
     torch.testing.assert_close(loss, -sum(divergences) / 3)
     assert loss < 0
 
@@ -114,6 +114,6 @@ def test_adversarial_loss_is_minus_the_divergence_where_both_agree():
 def test_adversarial_loss_reaches_the_student_alone():
     teacher = torch.randn(4, 3).requires_grad_()
     student = (teacher.detach() * 0.5).requires_grad_()
-    loss = adversarial_loss(teacher, student, torch.ones(4))
+    loss = adversarial_loss(student, teacher, torch.ones(4))
     by_teacher, by_student = torch.autograd.grad(loss, [teacher, student], allow_unused=True)
     assert by_teacher is None and by_student.abs().sum() > 0

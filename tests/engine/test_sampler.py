@@ -1,5 +1,6 @@
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from diffdfkd.engine.sampler import sample
 from diffdfkd.engine.schedule import Table, make_table
 from diffdfkd.engine.stages import Gradient, guidance_chain
 from diffdfkd.engine.taps import BatchNormTaps
-from diffdfkd.kernels.advance import _advance_kernel
+from diffdfkd.kernels.advance import _advance_kernel, advance
 from diffdfkd.kernels.launch import Launch
 from diffdfkd.kernels.philox import STEP_NOISE, philox_normal
 from diffdfkd.kernels.row import COLUMNS, Row
@@ -94,10 +95,11 @@ def run(table, mode="none", rule="unit", recipe=OFF, unet=None, chain=toy_chain,
 
 
 def plain(table, mode, rule, recipe, scale=3.0, rho=0.2):
-    """The method written down naively, one sample at a time where it can be, autograd for every gradient."""
+    """The method written down naively, one sample at a time where it can be, autograd for every gradient: all z."""
     noise, context = inputs()
     made, unet = plan(recipe, table.steps), ToyUNet()
     z, previous = noise * table.initial_scale, torch.zeros_like(noise)
+    states = []
 
     def look(z, row, timestep):
         output = unet((row.input_scale * z).repeat(2, 1, 1, 1), timestep.repeat(2 * BATCH), context)
@@ -140,17 +142,36 @@ def plain(table, mode, rule, recipe, scale=3.0, rho=0.2):
             partner = int(made.partners[step, b])
             z[b, :, top:bottom, left:right] = following[partner, :, top:bottom, left:right]
             previous[b, :, top:bottom, left:right] = x0[partner, :, top:bottom, left:right]
-    return z
+        states.append(z)
+    return states
+
+
+@pytest.fixture
+def states(monkeypatch):
+    """z after each step of the loop, as it goes."""
+    found = []
+
+    def recording(*tensors, **options):
+        made = advance(*tensors, **options)
+        found.append(made.z)
+        return made
+
+    monkeypatch.setattr("diffdfkd.engine.sampler.advance", recording)
+    return found
 
 
 @pytest.mark.parametrize("recipe", [OFF, MIX], ids=["whole", "mixed"])
 @pytest.mark.parametrize("mode", ["none", "clean", "reuse", "exact"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("kernel", ["reference", "triton"])
-def test_trajectory_is_that_of_the_plain_formulation(sampler, mode, recipe, kernel):
+def test_trajectory_is_that_of_the_plain_formulation_step_by_step(sampler, mode, recipe, kernel, states):
     table = make_table(sampler, CONFIG, STEPS, "cpu")
     made = run(table, mode, recipe=recipe, kernel=kernel)
-    torch.testing.assert_close(made.latents, plain(table, mode, "unit", recipe), rtol=1e-3, atol=1e-3)
+    assert len(states) == STEPS and torch.equal(states[-1], made.latents)
+    for step, (state, expected) in enumerate(zip(states, plain(table, mode, "unit", recipe), strict=True)):
+        # Rounding grows along the way; at its end a tenth of the largest step is still seen.
+        size = float(expected.abs().max())
+        torch.testing.assert_close(state, expected, rtol=0, atol=size * 3e-6 * 3.0**step, msg=f"step {step}")
     assert made.alive.all()
     assert recipe is OFF or not torch.allclose(made.latents, run(table, mode).latents, atol=1e-2)
 
@@ -162,7 +183,7 @@ def test_trajectory_is_that_of_the_plain_formulation(sampler, mode, recipe, kern
 def test_rules_and_prediction_types_are_those_of_the_plain_formulation(mode, rule, prediction_type, kernel):
     table = make_table("ddim", {**CONFIG, "prediction_type": prediction_type}, STEPS, "cpu")
     made = run(table, mode, rule, kernel=kernel)
-    torch.testing.assert_close(made.latents, plain(table, mode, rule, OFF), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(made.latents, plain(table, mode, rule, OFF)[-1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmsolver++"])
@@ -540,6 +561,48 @@ def test_a_step_without_cutmix_is_the_same_launch(monkeypatch, sampler, mode):
     # The first steps of a multistep sampler look no further back, the last ones of a stochastic one draw nothing.
     middle = constants[2:-2]
     assert all(each == middle[0] for each in middle)
+
+
+@pytest.mark.parametrize("mode", ["clean", "reuse", "exact"])
+def test_the_chain_is_told_who_is_alive(mode):
+    told = []
+
+    def chain(x0, targets, alive):
+        told.append(alive.tolist())
+        return toy_chain(x0, targets, alive)._replace(finite=alive & (torch.arange(BATCH) != 2 + len(told)))
+
+    run(make_table("ddim", CONFIG, 3, "cpu"), mode, chain=chain)
+    assert told == [[b not in lost for b in range(BATCH)] for lost in ((), (3,), (3, 4))]
+
+
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+def test_a_sample_that_overflows_in_the_last_step_is_dropped(kernel):
+    ddim, _ = two_tables()
+    last = Table(ddim.timesteps[:1], ddim.rows[:1].clone(), 1.0, "ddim", 1, (False,), (False,))
+    last.rows[0, COLUMNS.index("x0")] = 3e38
+    made = run(last, kernel=kernel)
+    assert not made.latents.isfinite().all() and not made.alive.any()
+
+
+def test_a_context_that_does_not_fit_is_refused():
+    table = make_table("ddim", CONFIG, 2, "cpu")
+    noise, context = inputs()
+    given = {"noise": noise, "sample_ids": torch.arange(BATCH), "seed": 7, "guidance": GuidanceRecipe(mode="none")}
+    given["plan"] = plan(steps=2)
+    for rows, scale, words in (
+        (BATCH, 3.0, "scale: got 3.0 with a context that is not doubled"),
+        (BATCH, torch.ones(BATCH), "with a context that is not doubled"),
+        (BATCH + 1, 3.0, "context: got 7 rows for 6 latents"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sample(ToyUNet(), table, context[:rows], scale=scale, **given)
+
+
+def test_a_plan_that_points_outside_is_refused_where_it_is_made():
+    made = plan(MIX)
+    for field, words in (("partners", "partners: indices"), ("boxes", "does not lie in the latent 4 x 6")):
+        with pytest.raises(ValueError, match=words):
+            replace(made, **{field: getattr(made, field) + 7})
 
 
 def test_frozen_samples_are_counted_where_they_freeze():

@@ -1,4 +1,3 @@
-import mmap
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -6,6 +5,7 @@ import pytest
 import torch
 from kernels_tolerances import DTYPES, NORMAL_TOLERANCE, TOLERANCES
 from torch import Tensor
+from vast import vast
 
 from diffdfkd.kernels.advance import Advance, advance, advance_launch
 from diffdfkd.kernels.philox import STEP_NOISE, philox_normal
@@ -203,7 +203,8 @@ def test_an_empty_box_takes_nothing_from_a_frozen_partner(kernel: Form) -> None:
     z, eps_hat, x0 = latents((2, 1, 4, 4), 3)
     alive = torch.tensor([True, False])
     for box in ([2, 0, 2, 4], [0, 3, 4, 3], [3, 0, 1, 4]):
-        mix = Mix(torch.ones(STEPS, 2, dtype=torch.int64), torch.tensor(box, dtype=torch.int32).repeat(STEPS, 2, 1))
+        boxes = torch.tensor(box, dtype=torch.int32).repeat(STEPS, 2, 1)
+        mix = Mix(torch.ones(STEPS, 2, dtype=torch.int64), boxes, checked=True)
         assert step_of(z, eps_hat, x0, kernel, alive=alive, mix=mix).alive.tolist() == [True, False]
 
 
@@ -272,8 +273,8 @@ def test_arguments_are_not_written() -> None:
 
 def test_offsets_have_64_bits() -> None:
     """Sample 2 of 2^30 elements begins at element 2^31, where an offset of 32 bits would be negative."""
-    z, eps_hat, x0, z_out, x0_out = (vast(3, 2**30) for _ in range(5))
-    inputs = vast(6, 2**30)
+    z, eps_hat, x0, z_out, x0_out = (vast((3, 1, 1, 2**30)) for _ in range(5))
+    inputs = vast((6, 1, 1, 2**30))
     for tensor, value in ((z, 1.0), (eps_hat, 2.0), (x0, 3.0)):
         tensor[2, 0, 0, :32] = value
     squares, alive = torch.ones(2, 3, 1), torch.ones(3, dtype=torch.bool)
@@ -296,18 +297,11 @@ def test_offsets_have_64_bits() -> None:
         torch.testing.assert_close(inputs[copy, 0, 0, :32], 0.6 * z_out[2, 0, 0, :32])
 
 
-def vast(samples: int, elements: int) -> Tensor:
-    """Zeros [samples, 1, 1, elements] that take memory only where they are touched."""
-    size = 4 * samples * elements
-    # 0x4000: MAP_NORESERVE
-    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
-    return torch.frombuffer(memory, dtype=torch.float32).view(samples, 1, 1, elements)
-
-
 MIX = mixing([1, 2, 0], [[0, 0, 1, 1]] * 3)
 NEXT = buffers((3, 4, 2, 2), torch.float32)
 OTHER = torch.ones(3, 4, 2, 1)
 GRADIENT = torch.ones(3, 4, 2, 2)
+SHARED = torch.ones(7, 4, 2, 2)
 BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "eps_hat": (
         "prediction.eps_hat: got shape",
@@ -344,13 +338,37 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "timesteps": ("next_input.timesteps: got shape", {"next_input": NEXT._replace(timesteps=torch.ones(3))}),
     "frozen": ("frozen: got torch.int64", {"frozen": torch.zeros(STEPS, dtype=torch.int64)}),
     "table": ("rows: got", {"rows": torch.ones(2)}),
+    "empty table": ("rows: got", {"rows": torch.ones(0, len(COLUMNS))}),
+    "no gradient": ("guidance.gradient: got None", {"guidance": steering(GRADIENT)._replace(gradient=None)}),
+    "no norm": ("guidance.norm: got None", {"guidance": steering(GRADIENT)._replace(norm=None)}),
+    "no partners": ("mix.partners: got None", {"mix": MIX._replace(partners=None)}),
+    "no timesteps": ("next_input.timesteps: got None", {"next_input": NEXT._replace(timesteps=None)}),
+    "no sample ids": ("noise.sample_ids: got None", {"noise": Draw(1, None)}),
+    "seed below 0": ("noise.seed: got -1", {"noise": Draw(-1, torch.arange(3))}),
+    "seed above 64 bits": ("noise.seed: got", {"noise": Draw(2**64, torch.arange(3))}),
+    "rho as text": ("guidance.rho: got '0.2'", {"guidance": steering(GRADIENT)._replace(rho="0.2")}),
+    "rho as NaN": ("guidance.rho: got nan", {"guidance": steering(GRADIENT)._replace(rho=float("nan"))}),
+    "rho below 0": ("guidance.rho: got -1", {"guidance": steering(GRADIENT)._replace(rho=-1.0)}),
+    "partner outside": ("partners: indices 1..3 in a batch of 3", {"mix": Mix(MIX.partners + 1, MIX.boxes)}),
+    "box outside": ("does not lie in the latent 2 x 2", {"mix": Mix(MIX.partners, MIX.boxes * 3)}),
+    "shared with z": (
+        "next_input.sample: it shares memory with z",
+        {"z": SHARED[:3], "next_input": NEXT._replace(sample=SHARED[1:])},
+    ),
+    "shared with the gradient": (
+        "it shares memory with guidance.gradient",
+        {"guidance": steering(SHARED[4:]), "next_input": NEXT._replace(sample=SHARED[:6])},
+    ),
     "another device": ("alive: on meta", {"alive": torch.ones(3, dtype=torch.bool, device="meta")}),
 }
 BAD_FOR_TRITON: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient in double": ("gradient: torch.float64 with kernel=triton", {"guidance": steering(GRADIENT.double())}),
     "strides of the gradient": ("gradient: strides", {"guidance": steering(torch.ones(3, 4, 2, 4)[..., ::2])}),
     "strides of z": ("z: strides", {"z": torch.ones(3, 4, 4, 2)[:, :, ::2]}),
-    "strides of the input": ("input: strides", {"next_input": NEXT._replace(sample=torch.ones(6, 4, 2, 4)[..., ::2])}),
+    "strides of the input": (
+        "next_input.sample: strides",
+        {"next_input": NEXT._replace(sample=torch.ones(6, 4, 2, 4)[..., ::2])},
+    ),
     "x0 of another format": (
         "prediction.x0: not of the memory format",
         {"z": GRADIENT.contiguous(memory_format=torch.channels_last)},
@@ -371,6 +389,34 @@ def test_bad_arguments_are_refused_before_anything_is_written(case: str, kernel:
     with pytest.raises(ValueError, match=words):
         advance(**given)
     assert step.tolist() == [STEP, STEP]
+
+
+@pytest.mark.parametrize("partner", [-1, 3, 10**12])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_partner_outside_that_slipped_through_gives_nothing(kernel: Form, partner: int) -> None:
+    z, eps_hat, x0 = latents((3, 2, 4, 4), 3)
+    partners, boxes = torch.arange(3).repeat(STEPS, 1), torch.zeros(STEPS, 3, 4, dtype=torch.int32)
+    partners[STEP, 1], boxes[STEP, 1] = partner, torch.tensor([0, 0, 4, 4])
+    made = step_of(z, eps_hat, x0, kernel, mix=Mix(partners, boxes, checked=True))
+    plain = step_of(z, eps_hat, x0, kernel)
+    assert made.alive.tolist() == [True, False, True]
+    torch.testing.assert_close(made.z, plain.z)
+
+
+@pytest.mark.parametrize("count", [-3, STEPS, STEPS + 5])
+def test_a_counter_outside_the_table_stays_inside_the_memory(count: int) -> None:
+    """As a captured step does that is replayed once too often."""
+    z, eps_hat, x0 = latents((2, 1, 3, 3), 3)
+    rows, guard = torch.rand(STEPS, len(COLUMNS)), torch.full((2 * STEPS,), 7, dtype=torch.int32)
+    frozen = guard[:STEPS].zero_()
+    step = torch.tensor([count, count], dtype=torch.int32)
+    alive = torch.tensor([True, True])
+    x0[0] = torch.nan
+    made = advance(z, predicted(x0, eps_hat), None, rows, step, alive, frozen=frozen, kernel="triton")
+    inside = min(max(count, 0), STEPS - 1)
+    clamped = torch.tensor([inside, inside], dtype=torch.int32)
+    assert torch.equal(made.z, advance(z, predicted(x0, eps_hat), None, rows, clamped, alive, kernel="triton").z)
+    assert guard[STEPS:].tolist() == [7] * STEPS and frozen.tolist() == [int(at == inside) for at in range(STEPS)]
 
 
 @pytest.mark.parametrize(

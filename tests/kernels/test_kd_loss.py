@@ -216,7 +216,7 @@ def test_adversarial_loss_counts_where_both_agree(kernel: Any, kind: torch.dtype
     student[~counts], teacher[6] = NAN, NAN
     student.requires_grad_()
     teacher.requires_grad_()
-    loss = adversarial_loss(teacher, student, weight, kernel=kernel)
+    loss = adversarial_loss(student, teacher, weight, kernel=kernel)
     gradient, by_teacher = torch.autograd.grad(loss, [student, teacher], allow_unused=True)
     assert loss < 0 and by_teacher is None
     torch.testing.assert_close(loss, -(kl[counts & agree].sum() / counts.sum()).float(), **EXACT)
@@ -227,7 +227,7 @@ def test_adversarial_loss_counts_where_both_agree(kernel: Any, kind: torch.dtype
 
 def test_no_sample_counts() -> None:
     student, teacher = torch.full((3, 10), NAN, requires_grad=True), torch.full((3, 10), NAN)
-    loss = adversarial_loss(teacher, student, torch.zeros(3), kernel="triton")
+    loss = adversarial_loss(student, teacher, torch.zeros(3), kernel="triton")
     assert loss == 0
     assert torch.equal(torch.autograd.grad(loss, student)[0], torch.zeros(3, 10))
 
@@ -247,7 +247,7 @@ def test_references_are_to_the_bit_what_runs_have_used(dtype: torch.dtype) -> No
     opposed = -(torch.where(weight > 0, kl, 0).sum() / (weight > 0).sum())
     for loss, expected in (
         (kd_loss(student, teacher, 30.0), distilled),
-        (adversarial_loss(teacher, student, weight), opposed),
+        (adversarial_loss(student, teacher, weight), opposed),
     ):
         assert torch.equal(loss, expected)
         assert torch.equal(*(torch.autograd.grad(value, student)[0] for value in (loss, expected)))
@@ -273,7 +273,7 @@ def test_only_the_gradient_is_as_large_as_the_logits(monkeypatch: pytest.MonkeyP
     student.requires_grad_()
     with Allocations() as forward:
         loss = kd_loss(student, teacher, 4.0, kernel="triton")
-        loss = loss + adversarial_loss(teacher, student, torch.ones(4), kernel="triton")
+        loss = loss + adversarial_loss(student, teacher, torch.ones(4), kernel="triton")
     assert max(forward.elements) < 1000
     with Allocations() as backward:
         torch.autograd.grad(loss, student)
@@ -296,7 +296,7 @@ def test_bad_arguments(kernel: Any) -> None:
         kd_loss(student, teacher.to("meta"), 1.0, kernel=kernel)
     for weight in (torch.ones(3), torch.ones(4, 1), torch.ones(4, device="meta")):
         with pytest.raises(ValueError, match="weight"):
-            adversarial_loss(teacher, student, weight, kernel=kernel)
+            adversarial_loss(student, teacher, weight, kernel=kernel)
 
 
 def test_what_the_kernel_cannot_read() -> None:

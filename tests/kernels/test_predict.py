@@ -1,11 +1,13 @@
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
 import torch
 from kernels_tolerances import DTYPES, TOLERANCES
 from torch import Tensor
+from vast import vast
 
-from diffdfkd.kernels.predict import Prediction, predict, tiling
+from diffdfkd.kernels.predict import Prediction, predict, predict_launch, tiling
 from diffdfkd.kernels.row import COLUMNS, start_counter
 
 KERNELS = ("reference", "triton")
@@ -104,13 +106,50 @@ def test_sums_of_a_sample_do_not_depend_on_its_batch() -> None:
     assert together.squares.shape == (2, 3, -(-4 * 40 * 40 // tiling(4 * 40 * 40)[0]))
 
 
+def test_offsets_have_64_bits() -> None:
+    """Sample 2 of 2^30 elements begins at element 2^31, and its second half at 5 * 2^30."""
+    shape = (3, 1, 1, 2**30)
+    z, x0, eps_hat = (vast(shape) for _ in range(3))
+    output = vast((6, *shape[1:]), torch.float16)
+    z[2, 0, 0, :32], output[2, 0, 0, :32], output[5, 0, 0, :32] = 1.0, 2.0, 3.0
+    launch, _ = predict_launch(z, output, ROWS, start_counter("cpu", 1), torch.full((3,), 2.0))
+    squares = torch.zeros(2, 3, launch.arguments["tiles"])
+    written = {"x0_out": x0, "eps_out": eps_hat, "squares": squares}
+    # Of each sample the first tile alone: the others are never touched.
+    replace(launch, grid=(3, 1), arguments={**launch.arguments, **written}).run()
+    torch.testing.assert_close(x0[2, 0, 0, :32], torch.full((32,), 1.5 * 1 - 0.8 * 4))
+    torch.testing.assert_close(eps_hat[2, 0, 0, :32], torch.full((32,), 0.3 * 1 + 0.9 * 4))
+    torch.testing.assert_close(squares[:, 2, 0], torch.tensor([32 * 1.0, 32 * 1.7**2]))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_graph_is_built(kernel: Form) -> None:
+    z, output = torch.randn(2, 1, 3, 3).requires_grad_(), torch.randn(4, 1, 3, 3).requires_grad_()
+    assert not any(tensor.requires_grad for tensor in called(z, output, 2.0, kernel))
+
+
+@pytest.mark.parametrize("count", [-3, 3, 9])
+def test_a_counter_outside_the_table_stays_inside_the_memory(count: int) -> None:
+    z, output, rows = torch.randn(2, 1, 3, 3), torch.randn(4, 1, 3, 3), torch.rand(3, len(COLUMNS))
+    step = torch.tensor([count, 0], dtype=torch.int32)
+    inside = start_counter("cpu", min(max(count, 0), 2))
+    made, expected = (predict(z, output, rows, at, 2.0, kernel="triton") for at in (step, inside))
+    assert torch.equal(made.x0, expected.x0) and step.tolist() == [count, int(inside[0])]
+
+
 BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "three halves": ("model_output: got", {"model_output": torch.randn(4, 4, 2, 2)}),
     "another width": ("model_output: got", {"model_output": torch.randn(6, 4, 2, 3)}),
     "scale without a half": ("scale: got 2.0", {"model_output": torch.randn(3, 4, 2, 2)}),
     "scale of another batch": ("scale: got", {"scale": torch.ones(6)}),
     "scale in double": ("scale: got torch.float64", {"scale": torch.ones(3, dtype=torch.float64)}),
+    "no scale": ("scale: got None", {"scale": None}),
+    "scale as text": ("scale: got '2'", {"scale": "2"}),
+    "output of integers": ("model_output: got torch.int64", {"model_output": torch.ones(6, 4, 2, 2).long()}),
+    "complex output": ("model_output: got torch.complex64", {"model_output": torch.ones(6, 4, 2, 2) * 1j}),
+    "no sample": ("at least one sample", {"z": torch.randn(0, 4, 2, 2), "model_output": torch.randn(0, 4, 2, 2)}),
     "no table": ("rows: got", {"rows": torch.ones(3)}),
+    "empty table": ("rows: got", {"rows": torch.ones(0, len(COLUMNS))}),
     "table in double": ("rows: got", {"rows": ROWS.double()}),
     "step of another type": ("step: got", {"step": torch.zeros(2, dtype=torch.int64)}),
     "step alone": ("step: got", {"step": torch.zeros(1, dtype=torch.int32)}),

@@ -21,6 +21,7 @@ from diffdfkd.kernels.advance import advance
 from diffdfkd.kernels.batchnorm_loss import batchnorm_loss
 from diffdfkd.kernels.launch import Launch
 from diffdfkd.kernels.predict import predict
+from diffdfkd.recipes.distill import distill
 from diffdfkd.recipes.launch import settle_machine
 from diffdfkd.recipes.run import load_classifiers, run
 
@@ -31,6 +32,20 @@ def test_auto_is_the_reference_on_the_cpu(tiny_recipe: Path) -> None:
     settled = settle_machine(load_recipe(tiny_recipe, ["device=cpu"]))
     assert settled.kernel == "reference"
     assert settle_machine(load_recipe(tiny_recipe, ["device=cpu", "kernel=triton"])).kernel == "triton"
+
+
+def test_a_gpu_without_a_compiler_is_said_at_once(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("diffdfkd.kernels.launch.INTERPRETED", False)
+    monkeypatch.setattr("diffdfkd.kernels.launch.launch_fault", lambda: "Triton needs a C compiler; install gcc")
+    settled = settle_machine(load_recipe(tiny_recipe, ["device=cuda"]))
+    assert settled.kernel == "reference" and "Triton needs a C compiler; install gcc" in caplog.text
+    with pytest.raises(UserError, match=r"^kernel: Triton needs a C compiler; install gcc; or give kernel=reference"):
+        settle_machine(load_recipe(tiny_recipe, ["device=cuda", "kernel=triton"]))
+    monkeypatch.setattr("diffdfkd.kernels.launch.launch_fault", lambda: None)
+    assert settle_machine(load_recipe(tiny_recipe, ["device=cuda"])).kernel == "triton"
 
 
 def test_what_a_run_began_with_is_kept(tiny_recipe: Path) -> None:
@@ -51,6 +66,24 @@ def test_triton_without_a_gpu_and_without_the_interpreter_is_one_line(tiny_recip
     lines = ran.stderr.strip().splitlines()
     assert len(lines) == 1 and "kernel: triton needs a CUDA device" in lines[0] and "kernel=reference" in lines[0]
     assert not list((tmp_path / "run").glob("[!.]*"))
+
+
+@pytest.mark.parametrize("command", ["run", "distill"])
+def test_distillation_takes_the_kernel_too(
+    finished_run: Finished, tiny_recipe: Path, tmp_path: Path, recorded: Callable[[], list[str]], command: str
+) -> None:
+    """The student of finished shards, trained anew; L_adv of the second round was taken with the images."""
+    overrides = [f"output={tmp_path / 'run'}", "distillation.steps=2", "distillation.checkpoint_every=2"]
+    overrides += ["evaluation.images=null", "kernel=triton", "synthesis.images_per_class=2", "synthesis.steps=2"]
+    overrides += ["cutmix.every=1"]
+    if command == "distill":
+        distill(load_recipe(tiny_recipe, overrides), finished_run[0], progress=False)
+        assert set(recorded()) == {"_divergence_kernel", "_divergence_gradient_kernel"}
+    else:
+        run(load_recipe(tiny_recipe, overrides), progress=False)
+        assert set(recorded()) >= {"_divergence_kernel", "_moments_kernel", "_advance_kernel"}
+        # Two steps of distillation, and each guided step of the second round has L_adv.
+        assert recorded().count("_divergence_kernel") > 2
 
 
 def test_a_run_of_another_kernel_is_refused(finished_run: Finished, tiny_recipe: Path) -> None:
@@ -101,7 +134,7 @@ def test_the_demo_makes_the_same_images(recorded: Callable[[], list[str]]) -> No
     names = recorded()
     steps = settled.synthesis.steps
     assert names.count("_predict_kernel") == names.count("_advance_kernel") == steps
-    assert {"_moments_kernel", "_gradient_kernel"} <= set(names)
+    assert {"_moments_kernel", "_batchnorm_gradient_kernel"} <= set(names)
     assert torch.equal(made.alive, reference.alive) and made.alive.all()
     torch.testing.assert_close(made.losses, reference.losses, rtol=1e-3, atol=1e-4, equal_nan=True)
     apart = levels(made, reference)
