@@ -1,6 +1,7 @@
-"""Each operation of kernels/ against its plain torch reference and against torch.compile of that reference.
+"""The operations of kernels/ against their plain torch references and against torch.compile of these.
 
     python -m diffdfkd.benchmarks.kernels --json kernels.json
+    python -m diffdfkd.benchmarks.kernels --count
     python -m diffdfkd.benchmarks.kernels --only advance --repetitions 200
 
 Before anything is timed, each form's result is compared with the reference's, and the largest error is reported; where
@@ -9,6 +10,9 @@ operation are interleaved. On CUDA they are timed with events, on a cleared cach
 the first one runs; the bandwidth is that of the bytes that must move at least. A step at Stable Diffusion's sizes moves
 a few MB: there a bandwidth far below the card's is the price of a launch, and times are what counts. Without CUDA the
 kernels cannot be timed (the interpreter says nothing of a GPU): only the two references are, by the clock.
+
+``--count`` times nothing: on tensors without data it counts the operations of the reference, views left out, and the
+bytes of their inputs and outputs, beside what has to move at least. A compiler may fuse some of them.
 """
 
 import argparse
@@ -26,6 +30,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from diffdfkd.kernels.advance import advance, advance_reference
 from diffdfkd.kernels.batchnorm_loss import batchnorm_loss, batchnorm_loss_reference
@@ -33,7 +39,7 @@ from diffdfkd.kernels.kd_loss import kd_loss, kd_loss_reference
 from diffdfkd.kernels.move import move, move_reference
 from diffdfkd.kernels.predict import Prediction, predict, predict_reference
 from diffdfkd.kernels.row import COLUMNS, start_counter
-from diffdfkd.kernels.step import Draw, Guidance, Mix, NextInput
+from diffdfkd.kernels.step_inputs import Draw, Guidance, Mix, NextInput
 
 FORMS: tuple[str, ...] = ("triton", "reference", "compiled")
 QUANTILES = (0.1, 0.5, 0.9)
@@ -58,7 +64,7 @@ class Operation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class Timing:
     """One form of one operation."""
 
     operation: str
@@ -161,12 +167,14 @@ def distillation(device: torch.device, shape: tuple[int, int], dtype: torch.dtyp
 
 def operations(device: torch.device) -> Iterator[tuple[str, str, Operation]]:
     """(operation, configuration, what to time); the sizes of Stable Diffusion on CUDA, smaller ones without."""
-    large = device.type == "cuda"
+    large = device.type != "cpu"
     half = torch.float16 if large else torch.float32
     name = str(half).removeprefix("torch.")
-    for shape in ((8, 4, 64, 64), (100, 4, 8, 8)):
-        for operation, what in guided_step(device, shape, half):
-            yield operation, f"{list(shape)} {name}", what
+    # The sampler's UNet stage takes and gives float32 today; an engine's buffers may be half precision.
+    for dtype in dict.fromkeys((torch.float32, half)):
+        for shape in ((8, 4, 64, 64), (100, 4, 8, 8)):
+            for operation, what in guided_step(device, shape, dtype):
+                yield operation, f"{list(shape)} {str(dtype).removeprefix('torch.')}", what
     layer = (32, 64, 56, 56) if large else (16, 64, 28, 28)
     yield "batchnorm_loss", f"{list(layer)} {name}", statistics(device, layer, half)
     for logits in ((256, 1000), (64, 21841), (128, 10)):
@@ -199,7 +207,9 @@ def error_of(made: Outputs, expected: Outputs) -> float:
     return float(torch.stack(errors).max())
 
 
-def measure(name: str, configuration: str, operation: Operation, device: torch.device, repetitions: int) -> list[Row]:
+def measure(
+    name: str, configuration: str, operation: Operation, device: torch.device, repetitions: int
+) -> list[Timing]:
     """One row a form: first whether it is right, then how long it takes, the forms taking turns."""
     expected = [tensor.clone() for tensor in checked(operation, lambda: operation.call("reference"))]
     forms, errors, notes = forms_of(operation, device), {}, {}
@@ -230,7 +240,7 @@ def measure(name: str, configuration: str, operation: Operation, device: torch.d
             quantiles = {f"p{round(100 * q)}": 1e6 * float(v) for q, v in zip(QUANTILES, values, strict=True)}
             if device.type == "cuda":
                 gigabytes = operation.bytes / quantiles["p50"] / 1e3
-        rows.append(Row(name, configuration, form, errors.get(form), quantiles, gigabytes, notes.get(form, "")))
+        rows.append(Timing(name, configuration, form, errors.get(form), quantiles, gigabytes, notes.get(form, "")))
     return rows
 
 
@@ -271,7 +281,42 @@ def conditions(device: torch.device) -> dict[str, Any]:
     }
 
 
-def line(row: Row) -> str:
+class Counting(TorchDispatchMode):
+    """Counts operations that do work, and the bytes of what they read and write."""
+
+    VIEWS = (
+        *("view", "expand", "unsqueeze", "select", "slice", "split", "alias", "permute", "t", "transpose", "detach"),
+        *("unbind", "as_strided", "squeeze", "empty", "empty_like", "scalar_tensor"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if function.__name__.split(".")[0] not in self.VIEWS:
+            self.operations += 1
+            touched = [value for value in tree_flatten((args, kwargs, made))[0] if isinstance(value, Tensor)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in touched)
+        return made
+
+
+def count(only: str) -> None:
+    """Prints, for each operation at its sizes on a GPU, what the reference does and what has to move at least."""
+    print(f"{'':48}{'operations':>10}{'bytes':>14}{'at least':>14}{'ratio':>7}")
+    for name, configuration, operation in operations(torch.device("meta")):
+        if only in name:
+            with Counting() as counting:
+                operation.call("reference")
+            ratio = counting.bytes / operation.bytes
+            print(
+                f"{name:22}{configuration:26}{counting.operations:10}{counting.bytes:14,}{operation.bytes:14,.0f}"
+                f"{ratio:7.1f}"
+            )
+
+
+def line(row: Timing) -> str:
     """One row for people."""
     times = (
         "not timed" if row.microseconds is None else " ".join(f"{row.microseconds[q]:9.1f}" for q in row.microseconds)
@@ -285,10 +330,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m diffdfkd.benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file for the rows and the conditions")
     parser.add_argument("--only", help="operations whose name contains this")
+    parser.add_argument("--count", action="store_true", help="count operations and bytes, and time nothing")
     parser.add_argument("--repetitions", type=int, default=100, help="of each form [100]")
     given = parser.parse_args(arguments)
     if given.json is not None and not given.json.parent.is_dir():
         parser.error(f"--json: {given.json.parent} is no folder; make it, or name another file")
+    if given.count:
+        count(given.only or "")
+        return 0
     if given.repetitions < 1:
         parser.error(f"--repetitions: got {given.repetitions}; 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -296,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type != "cuda":
         print("No CUDA device: the Triton kernels cannot be timed here. The two references alone, on the CPU:")
     print(f"{'':59}{'p10 us':>9} {'p50 us':>9} {'p90 us':>9}")
-    rows: list[Row] = []
+    rows: list[Timing] = []
     for name, configuration, operation in operations(device):
         if given.only and given.only not in name:
             continue

@@ -292,10 +292,11 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernel: Literal["auto", "triton", "reference"] = "auto"
-    """Form of the operations between the networks: fused Triton kernels, or the plain formulation that they are tested
-    against; ``auto`` takes Triton on CUDA and the reference elsewhere. Frozen into the run."""
+    """Form of the operations between the networks: fused Triton kernels, or the plain torch that they are tested
+    against; ``auto`` takes Triton on CUDA and the reference elsewhere. Frozen into the run, since results depend on it
+    (docs/kernels.md)."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads; all cores by default. Frozen into the run, since results depend on it in the last bit."""
+    """CPU threads; all cores by default. Frozen into the run, since results depend on it."""
 
     @field_validator("prior", mode="before")
     @classmethod

@@ -21,7 +21,7 @@ from diffdfkd.kernels.launch import Kernel
 from diffdfkd.kernels.move import move
 from diffdfkd.kernels.predict import Prediction, predict
 from diffdfkd.kernels.row import row_at, start_counter
-from diffdfkd.kernels.step import Draw, Guidance, Mix, NextInput
+from diffdfkd.kernels.step_inputs import Draw, Guidance, Mix, NextInput
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,9 @@ def sample(
 
     ``context`` [2B, T, D], unconditional half first, with guidance scale ``scale`` (a number or [B]); or [B, T, D] with
     scale 1. ``sample_ids`` int64 [B] and ``seed`` draw the noise of stochastic samplers. Without a chain nothing is
-    guided. Modes ``exact`` and ``reuse`` need a UNet stage that autograd can cross. ``kernel`` is the form of the
-    operations between the stages: kernels/launch.py.
+    guided. Modes ``exact`` and ``reuse`` need a UNet stage that autograd can cross. ``plan`` is `plan_cutmix`'s, for
+    the table's steps. ``kernel`` is the form of the operations between the stages: kernels/launch.py. Raises ValueError
+    for a context or scale that does not fit.
     """
     batch, device = len(noise), noise.device
     doubled = len(context) == 2 * batch

@@ -62,7 +62,7 @@ class Tiling(NamedTuple):
         }
 
 
-def tiling(activation: Tensor, name: str = "activation") -> Tiling:
+def activation_tiling(activation: Tensor, name: str = "activation") -> Tiling:
     """ValueError for strides that are neither contiguous nor channels_last."""
     batch, channels = activation.shape[:2]
     positions = activation.numel() // (batch * channels)
@@ -146,7 +146,7 @@ def settle_inputs(inputs: dict[str, Tensor], weight: Tensor, kernel: Kernel) -> 
             raise ValueError(f"{name}: on {activation.device}, the weight on {weight.device}; move it there")
         if form == "triton":
             check_floats(**{name: activation})
-            tiling(activation, name)
+            activation_tiling(activation, name)
     return form
 
 

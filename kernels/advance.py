@@ -22,7 +22,7 @@ from diffdfkd.kernels.box import box_mask
 from diffdfkd.kernels.launch import Kernel, Launch, blocks, check_floats, power_of_two, settle_kernel
 from diffdfkd.kernels.memory_format import is_channels_last, is_crossed, pixel_of, place
 from diffdfkd.kernels.philox import STEP_NOISE, philox_normal, signed_words
-from diffdfkd.kernels.predict import Prediction, check_latents, tiling
+from diffdfkd.kernels.predict import Prediction, check_latents, step_tiling
 from diffdfkd.kernels.rho import RULES, step_size_reference
 from diffdfkd.kernels.row import (
     INPUT_SCALE,
@@ -30,10 +30,11 @@ from diffdfkd.kernels.row import (
     X0_M,
     check_table,
     counted_step,
+    inside_table,
     row_at,
 )
 from diffdfkd.kernels.sample_step import sample_state, stepped
-from diffdfkd.kernels.step import Draw, Guidance, Mix, NextInput, check_format, check_step
+from diffdfkd.kernels.step_inputs import Draw, Guidance, Mix, NextInput, check_format, check_step
 
 
 class Advance(NamedTuple):
@@ -60,7 +61,7 @@ def advance_reference(
     keep_x0: bool,
     frozen: Tensor | None,
 ) -> Advance:
-    now = step[1:]
+    now = inside_table(step[1:], rows)
     row = row_at(rows, now)
     z, x0 = z.float(), prediction.x0.float()
     living = alive & torch.isfinite(prediction.x0_norm)
@@ -103,7 +104,7 @@ def advance_reference(
         scaled = row_at(rows, following_step).input_scale * following
         next_input.sample.unflatten(0, (-1, len(z))).copy_(scaled.expand(len(next_input.sample) // len(z), *z.shape))
         next_input.timestep.copy_(next_input.timesteps.index_select(0, following_step).expand(len(next_input.timestep)))
-    step[0].copy_(step[1] + 1)
+    step[:1].copy_(now + 1)
     return Advance(following, x0 if keep_x0 else None, still)
 
 
@@ -237,7 +238,7 @@ def advance_launch(
     """The kernel's call and the tensors that it will fill."""
     batch, channels, height, width = z.shape
     n = channels * height * width
-    block, warps = tiling(n)
+    block, warps = step_tiling(n)
     tiles = prediction.squares.shape[2]
     channels_last = is_channels_last("z", z)
     check_format(prediction, z)
@@ -322,6 +323,9 @@ def advance(
     kernel: Kernel = "auto",
 ) -> Advance:
     """Latents of the next step from z [B, c, h, w], what `predict` made of it, and the x0 kept by the step before.
+
+    ``previous_x0`` is what the step before kept, for a multistep sampler; ``keep_x0`` keeps the guided and mixed x0 for
+    the next. ``next_input`` are buffers that receive input_scale z' and the timestep of the next row.
 
     The table's row is ``step[1]``; ``step[0]`` becomes the next. ``alive`` bool [B]. Without ``guidance``, ``noise``
     (drawn, or numbers [B, c, h, w]) or ``mix`` the step has none. ``frozen`` int32 [S] counts, per step, the samples

@@ -54,7 +54,7 @@ TOLERANCE = 1.05
 
 
 @dataclass(frozen=True)
-class Row:
+class Compiled:
     kernel: str
     configuration: str
     arch: int
@@ -92,7 +92,7 @@ def compile_launch(launch: Launch, arch: int) -> tuple[Any, list[str]]:
     return compiled, [name for name, kind in signature.items() if kind != "constexpr"]
 
 
-def measure(configuration: Configuration, arch: int) -> Row:
+def measure(configuration: Configuration, arch: int) -> Compiled:
     """Compiles one configuration for one architecture and reads its row off."""
     launch = configuration.launch()
     compiled, names = compile_launch(launch, arch)
@@ -114,13 +114,13 @@ def measure(configuration: Configuration, arch: int) -> Row:
             moved = round(bytes_per_element(program, elements, configuration.coverage(launch), skipped), 3)
     except Unreadable as error:
         note = str(error)
-    return Row(
+    return Compiled(
         configuration.kernel, configuration.name, arch, used.registers, used.spilled, compiled.metadata.shared, load,
         store, moved, configuration.minimum, others, configuration.wide, note,
     )  # fmt: skip
 
 
-def violations(row: Row) -> list[str]:
+def violations(row: Compiled) -> list[str]:
     """What the row breaks, a line each."""
     found = []
     if row.spills:
@@ -136,14 +136,14 @@ def violations(row: Row) -> list[str]:
     return [f"{row.kernel}, {row.configuration}, sm_{row.arch}: {line}" for line in found]
 
 
-def compile_all(chosen: Sequence[Configuration], architectures: Sequence[int]) -> list[Row]:
+def compile_all(chosen: Sequence[Configuration], architectures: Sequence[int]) -> list[Compiled]:
     """A row for each configuration and architecture; as many are compiled at once as there are cores."""
     jobs = [(configuration, arch) for configuration in chosen for arch in architectures]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda job: measure(*job), jobs))
 
 
-def write(rows: Sequence[Row], json_file: Path, csv_file: Path | None) -> None:
+def write(rows: Sequence[Compiled], json_file: Path, csv_file: Path | None) -> None:
     knobs = triton.knobs.nvidia
     head = {
         "triton": triton.__version__,
@@ -154,11 +154,11 @@ def write(rows: Sequence[Row], json_file: Path, csv_file: Path | None) -> None:
     if csv_file is not None:
         with csv_file.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([*(field.name for field in fields(Row)), "triton"])
+            writer.writerow([*(field.name for field in fields(Compiled)), "triton"])
             writer.writerows([*asdict(row).values(), triton.__version__] for row in rows)
 
 
-def show(rows: Sequence[Row]) -> None:
+def show(rows: Sequence[Compiled]) -> None:
     line = "{:<20}{:<41}{:>3}{:>6}{:>8}{:>8}{:>6}{:>7}{:>7}{:>9}{:>7}".format
     print(
         line("kernel", "configuration", "sm", "regs", "spills", "shared", "load", "store", "bytes", "minimum", "other")

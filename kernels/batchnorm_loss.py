@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diffdfkd.kernels.activation import (
+    activation_tiling,
     aligned_sizes,
     check_vectors,
     counted_samples,
@@ -31,7 +32,6 @@ from diffdfkd.kernels.activation import (
     program_place,
     settle_inputs,
     tile_offsets,
-    tiling,
 )
 from diffdfkd.kernels.launch import Kernel, Launch, blocks
 from diffdfkd.kernels.moments import (
@@ -161,7 +161,7 @@ def gradient_launch(
 
     Of all ``samples`` int64 [] whose ``mean`` [C] and derivatives these are, the activation holds those ``counted``.
     """
-    cut = tiling(activation)
+    cut = activation_tiling(activation)
     splits = blocks(cut.positions, cut.block_p)
     gradient = torch.empty_like(activation)
     arguments = {

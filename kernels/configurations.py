@@ -16,7 +16,7 @@ from diffdfkd.kernels.move import move_launch
 from diffdfkd.kernels.predict import Prediction, predict_launch
 from diffdfkd.kernels.rho import Rule
 from diffdfkd.kernels.row import COLUMNS, start_counter
-from diffdfkd.kernels.step import Draw, Guidance, Mix, NextInput
+from diffdfkd.kernels.step_inputs import Draw, Guidance, Mix, NextInput
 
 STEPS = 20
 """Of the sampler's table."""
@@ -73,7 +73,7 @@ def guidance(z: Tensor, rule: Rule) -> Guidance:
     return Guidance(torch.empty_like(z), vector(len(z)), vector(len(z), torch.bool), vector(len(z)), rule, 0.1)
 
 
-def predict(
+def predict_use(
     name: str, shape: Sequence[int], dtype: torch.dtype, *, copies: int = 2, channels_last: bool = False
 ) -> Configuration:
     def launch() -> Launch:
@@ -85,7 +85,7 @@ def predict(
     return Configuration("predict", name, launch, "z", minimum)
 
 
-def advance(
+def advance_use(
     name: str,
     shape: Sequence[int],
     dtype: torch.dtype = torch.float16,
@@ -124,7 +124,7 @@ def advance(
     return Configuration("advance", name, launch, "z", minimum, skipped=() if by_z else ("z",))
 
 
-def move(
+def move_use(
     name: str, shape: Sequence[int], dtype: torch.dtype, *, exact: bool, channels_last: bool = False
 ) -> Configuration:
     def launch() -> Launch:
@@ -143,7 +143,9 @@ def move(
     )  # fmt: skip
 
 
-def batchnorm(shape: Sequence[int], dtype: torch.dtype, *, channels_last: bool = False) -> list[Configuration]:
+def batchnorm_uses(
+    shape: Sequence[int], dtype: torch.dtype, *, channels_last: bool = False, wide: bool = True
+) -> list[Configuration]:
     """Of one layer: moments of runs of positions, their combination, and the gradient."""
     batch, channels = shape[:2]
     name = f"{list(shape)}, {str(dtype).removeprefix('torch.')}{', channels_last' if channels_last else ''}"
@@ -162,12 +164,13 @@ def batchnorm(shape: Sequence[int], dtype: torch.dtype, *, channels_last: bool =
 
     return [
         Configuration(
-            "moments", name, lambda: moments_launch(activation, counted)[0], "x", dtype.itemsize,
+            "moments", name, lambda: moments_launch(activation, counted)[0], "x", dtype.itemsize, wide,
             coverage=covers("BLOCK_P", "BLOCK_C", trips=lambda launch: launch.constants["CHUNKS"] - 1, first=1),
         ),
         Configuration("combine", name, combine, None, wide=False),
         Configuration(
-            "batchnorm_gradient", name, gradient, "x", 2 * dtype.itemsize, coverage=covers("BLOCK_P", "BLOCK_C")
+            "batchnorm_gradient", name, gradient, "x", 2 * dtype.itemsize, wide,
+            coverage=covers("BLOCK_P", "BLOCK_C"),
         ),
     ]  # fmt: skip
 
@@ -176,7 +179,7 @@ def distances() -> Launch:
     return batchnorm_loss.distance_launch(torch.empty(2 * 40, 2048))[0]
 
 
-def divergence(shape: tuple[int, int], dtype: torch.dtype, *, wide: bool = True) -> list[Configuration]:
+def divergence_uses(shape: tuple[int, int], dtype: torch.dtype, *, wide: bool = True) -> list[Configuration]:
     """Forward and gradient. Not ``wide``: rows of so many classes do not start at multiples of 128 bits."""
     batch, classes = shape
     name = f"{list(shape)}, {str(dtype).removeprefix('torch.')}"
@@ -204,35 +207,37 @@ def configurations() -> list[Configuration]:
     """Every kernel at its uses, kernel by kernel."""
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
     known = [
-        predict("demo, CFG, fp32", DEMO, single),
-        predict("SD-1.5, CFG, fp16", SD15, half),
-        predict("SD-1.5, CFG, bf16", SD15, brain),
-        predict("SD-1.5, CFG, fp32", SD15, single),
-        predict("SD-1.5, CFG, fp16, channels_last", SD15, half, channels_last=True),
-        predict("SD-1.5, CFG, bf16, channels_last", SD15, brain, channels_last=True),
-        predict("SD-1.5, CFG, fp32, channels_last", SD15, single, channels_last=True),
-        predict("SD-1.5, no CFG, fp16", SD15, half, copies=1),
-        predict("SD-1.5, no CFG, bf16", SD15, brain, copies=1),
-        predict("SD-1.5, no CFG, fp32", SD15, single, copies=1),
-        predict("SDXL, CFG, fp16", SDXL, half),
+        predict_use("demo, CFG, fp32", DEMO, single),
+        predict_use("SD-1.5, CFG, fp16", SD15, half),
+        predict_use("SD-1.5, CFG, bf16", SD15, brain),
+        predict_use("SD-1.5, CFG, fp32", SD15, single),
+        predict_use("SD-1.5, CFG, fp16, channels_last", SD15, half, channels_last=True),
+        predict_use("SD-1.5, CFG, bf16, channels_last", SD15, brain, channels_last=True),
+        predict_use("SD-1.5, CFG, fp32, channels_last", SD15, single, channels_last=True),
+        predict_use("SD-1.5, no CFG, fp16", SD15, half, copies=1),
+        predict_use("SD-1.5, no CFG, bf16", SD15, brain, copies=1),
+        predict_use("SD-1.5, no CFG, fp32", SD15, single, copies=1),
+        predict_use("SDXL, CFG, fp16", SDXL, half),
         # A size of 1 is a constant to Triton.
-        predict("SD-1.5, CFG, fp16, batch 1", (1, *SD15[1:]), half),
-        advance("demo, DDIM, CutMix, fp32", DEMO, single),
-        advance("SD-1.5, DDIM, CutMix", SD15),
-        advance("SD-1.5, DDIM", SD15, mixed=False),
-        advance("SD-1.5, DDIM, CutMix, channels_last", SD15, channels_last=True),
-        advance("SD-1.5, DDIM, CutMix, cfg rule", SD15, rule="cfg"),
-        advance("SD-1.5, DDIM, CutMix, unguided", SD15, rule=None),
-        advance("SD-1.5, DDPM, CutMix", SD15, drawn=True),
-        advance("SD-1.5, DDPM, CutMix, channels_last", SD15, drawn=True, channels_last=True),
-        advance("SD-1.5, DPM-Solver++, CutMix", SD15, multistep=True),
-        advance("SD-1.5, LCM, CutMix", SD15, copies=1, drawn=True, by_z=True),
-        advance("SDXL, DDIM, CutMix", SDXL),
+        predict_use("SD-1.5, CFG, fp16, batch 1", (1, *SD15[1:]), half),
+        advance_use("demo, DDIM, CutMix, fp32", DEMO, single),
+        advance_use("SD-1.5, DDIM, CutMix", SD15),
+        advance_use("SD-1.5, DDIM", SD15, mixed=False),
+        advance_use("SD-1.5, DDIM, CutMix, channels_last", SD15, channels_last=True),
+        advance_use("SD-1.5, DDIM, CutMix, cfg rule", SD15, rule="cfg"),
+        advance_use("SD-1.5, DDIM, CutMix, unguided", SD15, rule=None),
+        advance_use("SD-1.5, DDPM, CutMix", SD15, drawn=True),
+        advance_use("SD-1.5, DDPM, CutMix, channels_last", SD15, drawn=True, channels_last=True),
+        advance_use("SD-1.5, DPM-Solver++, CutMix", SD15, multistep=True),
+        advance_use("SD-1.5, LCM, CutMix", SD15, copies=1, drawn=True, by_z=True),
+        advance_use("SDXL, DDIM, CutMix", SDXL),
         # As the sampler calls it today: channels_last, and a UNet stage that takes and gives float32.
-        advance("SD-1.5, DDIM, CutMix, fp32, channels_last", SD15, single, channels_last=True),
-        advance("SD-1.5, cfg rule, CutMix, fp32, channels_last", SD15, single, rule="cfg", channels_last=True),
-        advance("SD-1.5, DPM-Solver++, CutMix, fp32, channels_last", SD15, single, multistep=True, channels_last=True),
-        advance(
+        advance_use("SD-1.5, DDIM, CutMix, fp32, channels_last", SD15, single, channels_last=True),
+        advance_use("SD-1.5, cfg rule, CutMix, fp32, channels_last", SD15, single, rule="cfg", channels_last=True),
+        advance_use(
+            "SD-1.5, DPM-Solver++, CutMix, fp32, channels_last", SD15, single, multistep=True, channels_last=True
+        ),
+        advance_use(
             "SD-1.5, LCM, CutMix, fp32, channels_last",
             SD15,
             single,
@@ -241,26 +246,33 @@ def configurations() -> list[Configuration]:
             by_z=True,
             channels_last=True,
         ),
-        advance("demo, DPM-Solver++, CutMix, fp32, channels_last", DEMO, single, multistep=True, channels_last=True),
-        advance("SD-1.5, DDPM, CutMix, batch 1", (1, *SD15[1:]), drawn=True),
-        move("demo, exact, fp32", DEMO, single, exact=True),
-        move("demo, reuse, fp32", DEMO, single, exact=False),
-        move("SD-1.5, exact, fp16", SD15, half, exact=True),
-        move("SD-1.5, reuse, fp16", SD15, half, exact=False),
-        move("SD-1.5, exact, fp32, channels_last", SD15, single, exact=True, channels_last=True),
-        move("SD-1.5, reuse, fp32, channels_last", SD15, single, exact=False, channels_last=True),
+        advance_use(
+            "demo, DPM-Solver++, CutMix, fp32, channels_last", DEMO, single, multistep=True, channels_last=True
+        ),
+        advance_use("SD-1.5, DDPM, CutMix, batch 1", (1, *SD15[1:]), drawn=True),
+        move_use("demo, exact, fp32", DEMO, single, exact=True),
+        move_use("demo, reuse, fp32", DEMO, single, exact=False),
+        move_use("SD-1.5, exact, fp16", SD15, half, exact=True),
+        move_use("SD-1.5, reuse, fp16", SD15, half, exact=False),
+        move_use("SD-1.5, exact, fp32, channels_last", SD15, single, exact=True, channels_last=True),
+        move_use("SD-1.5, reuse, fp32, channels_last", SD15, single, exact=False, channels_last=True),
         *(
             configuration
             for shape in ((32, 64, 56, 56), (100, 32, 32, 32))
             for dtype in (half, single)
             for channels_last in (False, True)
-            for configuration in batchnorm(shape, dtype, channels_last=channels_last)
+            for configuration in batchnorm_uses(shape, dtype, channels_last=channels_last)
         ),
+        *batchnorm_uses((8, 256, 14, 14), half, channels_last=True),
+        *batchnorm_uses((8, 512, 7, 7), half, channels_last=True),
+        # 196 and 49 positions do not fill pieces of eight.
+        *batchnorm_uses((8, 256, 14, 14), half, wide=False),
+        *batchnorm_uses((8, 512, 7, 7), half, wide=False),
         Configuration("distance", "40 layers of up to 2048", distances, None, wide=False),
-        *divergence((128, 10), single, wide=False),
-        *divergence((128, 100), single),
-        *divergence((256, 1000), single),
-        *divergence((256, 1000), half),
-        *divergence((64, 21_841), half, wide=False),
+        *divergence_uses((128, 10), single, wide=False),
+        *divergence_uses((128, 100), single),
+        *divergence_uses((256, 1000), single),
+        *divergence_uses((256, 1000), half),
+        *divergence_uses((64, 21_841), half, wide=False),
     ]
     return sorted(known, key=lambda one: one.kernel)

@@ -155,7 +155,7 @@ def _divergence_gradient_kernel(
     tl.store(gradient + row[:, None] * K + column[None, :], ds.to(gradient.dtype.element_ty), mask=here)
 
 
-def tiling(classes: int) -> tuple[int, int, int]:
+def row_tiling(classes: int) -> tuple[int, int, int]:
     """(rows of a tile, classes of a block, warps), from the number of classes alone.
 
     Eight elements of each logits a thread are two 128-bit loads of float32 and one of float16. A row of at most
@@ -167,7 +167,7 @@ def tiling(classes: int) -> tuple[int, int, int]:
     return rows, block, rows * block // 256
 
 
-class Rows(NamedTuple):
+class RowStatistics(NamedTuple):
     """What the forward pass leaves of each row."""
 
     divergence: Tensor
@@ -178,11 +178,11 @@ class Rows(NamedTuple):
     """[4, B] float32: maxima of teacher and student, Z_t, Z_s."""
 
 
-def divergence_launch(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Launch, Rows]:
+def divergence_launch(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Launch, RowStatistics]:
     """The forward kernel's call on logits [B, K] and the tensors that it will fill."""
     batch, classes = student.shape
-    rows, block, warps = tiling(classes)
-    result = Rows(
+    rows, block, warps = row_tiling(classes)
+    result = RowStatistics(
         torch.empty(batch, dtype=torch.float32, device=student.device),
         torch.empty(batch, dtype=torch.bool, device=student.device),
         torch.empty(4, batch, dtype=torch.float32, device=student.device),
@@ -211,7 +211,7 @@ def gradient_launch(
     """The backward kernel's call for a derivative [B] float32 with respect to KL_b, and the gradient [B, K] that it
     will fill, in the student's dtype."""
     batch, classes = student.shape
-    rows, block, warps = tiling(classes)
+    rows, block, warps = row_tiling(classes)
     gradient = torch.empty_like(student)
     launch = Launch(
         _divergence_gradient_kernel,
@@ -258,7 +258,8 @@ def divergence(
 
     Logits [B, K] of any float dtypes; the teacher's are constants, and one of minus infinity adds nothing. Of several
     highest logits the first counts. Under the kernel a row with derivative 0 gets gradient 0 whatever it holds. Raises
-    ValueError for what does not fit together, or, under the kernel, cannot be read. (The reference keeps float64.)
+    ValueError for what does not fit together, or, under the kernel, cannot be read. The reference keeps float64, but
+    for that of `kd_loss`.
     """
     if _settle(student, teacher, temperature, kernel) == "reference":
         return divergence_reference(student, teacher, temperature)
@@ -315,8 +316,7 @@ def _settle(student: Tensor, teacher: Tensor, temperature: float, kernel: Kernel
     check_floats(student=student, teacher=teacher)
     if not 2 <= student.shape[1] <= MOST_CLASSES:
         raise ValueError(
-            f"logits: {student.shape[1]} classes with kernel=triton, which takes 2 to {MOST_CLASSES}; give "
-            "kernel=reference"
+            f"logits: {student.shape[1]} classes; the Triton kernel takes 2 to {MOST_CLASSES}: give kernel=reference"
         )
     for name, logits in (("student", student), ("teacher", teacher)):
         if not logits.is_contiguous():

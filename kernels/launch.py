@@ -6,6 +6,7 @@ A `Launch` holds all that decides a kernel's machine code, so that what is compi
 
 import os
 import shutil
+import sys
 import sysconfig
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -61,8 +62,8 @@ def settle_kernel(kernel: Kernel, device: torch.device) -> Literal["triton", "re
     if device.type == "cuda" or INTERPRETED:
         return "triton"
     raise KernelUnavailable(
-        f"kernel: triton needs a CUDA device, and the tensors are on the {device.type}; give kernel=auto or "
-        "kernel=reference, or run under Triton's interpreter (TRITON_INTERPRET=1, slow: for tests)"
+        f"kernel: triton needs a CUDA device, and this is the {device.type}; give kernel=auto or kernel=reference (or, "
+        "for tests, set TRITON_INTERPRET=1: slow)"
     )
 
 
@@ -74,7 +75,8 @@ def launch_fault() -> str | None:
     if os.environ.get("CC") is None and not any(map(shutil.which, ("gcc", "clang"))):
         return "Triton needs a C compiler to launch kernels; install gcc, or name one in CC"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        return "Triton needs Python's headers to launch kernels; install them (python3-dev)"
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        return f"Triton needs Python's headers to launch kernels; install them ({package})"
     return None
 
 
@@ -112,7 +114,9 @@ def check_floats(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOATS:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-            raise ValueError(f"{name}: {tensor.dtype} with kernel=triton, which reads {names}; convert it")
+            raise ValueError(
+                f"{name}: {tensor.dtype}; the Triton kernel reads {names}: convert it, or give kernel=reference"
+            )
 
 
 def power_of_two(n: int) -> int:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffdfkd.kernels.activation import (
+    activation_tiling,
     aligned_sizes,
     check_vectors,
     counted_samples,
@@ -26,7 +27,6 @@ from diffdfkd.kernels.activation import (
     program_place,
     settle_inputs,
     tile_offsets,
-    tiling,
 )
 from diffdfkd.kernels.launch import Kernel, Launch, blocks, power_of_two
 
@@ -199,7 +199,7 @@ def _combine_kernel(
 
 def moments_launch(activation: Tensor, counted: Tensor) -> tuple[Launch, tuple[Tensor, Tensor]]:
     """From [B, C, ...] and bool [B], per run of a sample: means and scatters, float32 [B * splits, C]."""
-    cut = tiling(activation)
+    cut = activation_tiling(activation)
     rows = len(activation) * cut.splits
     means = torch.empty(rows, cut.channels, dtype=torch.float32, device=activation.device)
     scatters = torch.empty_like(means)
@@ -229,7 +229,7 @@ def combine_launch(
     ``before`` is their number int64 [], mean and variance [C]. How far ours are from ``running`` mean and variance [C]
     is written to ``differences`` [2, width], zeros behind C.
     """
-    cut = tiling(activation)
+    cut = activation_tiling(activation)
     rows, width = len(runs[0]), cut.channels if differences is None else differences.shape[1]
     mean = torch.empty(cut.channels, dtype=torch.float32, device=activation.device)
     variance = torch.empty_like(mean)

@@ -20,8 +20,19 @@ from diffdfkd.kernels.launch import Kernel, Launch, check_floats, check_tensor, 
 from diffdfkd.kernels.memory_format import is_channels_last, is_crossed, place
 from diffdfkd.kernels.predict import Prediction, check_latents, sum_of_squares
 from diffdfkd.kernels.rho import RULES, step_size, step_size_reference
-from diffdfkd.kernels.row import ALPHA, EPS_M, INPUT_SCALE, N_COLUMNS, X0_M, X0_Z, check_table, counted_step, row_at
-from diffdfkd.kernels.step import Guidance, check_format, check_guidance, check_prediction, refuse_overlap
+from diffdfkd.kernels.row import (
+    ALPHA,
+    EPS_M,
+    INPUT_SCALE,
+    N_COLUMNS,
+    X0_M,
+    X0_Z,
+    check_table,
+    counted_step,
+    inside_table,
+    row_at,
+)
+from diffdfkd.kernels.step_inputs import Guidance, check_format, check_guidance, check_prediction, refuse_overlap
 
 
 class Move(NamedTuple):
@@ -43,7 +54,7 @@ def move_reference(
     by_inputs: Tensor,
     inputs: Tensor | None,
 ) -> Move:
-    row = row_at(rows, step[1:])
+    row = row_at(rows, inside_table(step[1:], rows))
     products = row.x0_m * by_inputs.float()
     if len(products) == 2 * len(z):
         unconditional, conditional = products.chunk(2)

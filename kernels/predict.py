@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffdfkd.kernels.launch import Kernel, Launch, blocks, check_floats, power_of_two, settle_kernel
 from diffdfkd.kernels.memory_format import is_channels_last, is_crossed, place
-from diffdfkd.kernels.row import EPS_M, EPS_Z, N_COLUMNS, X0_M, X0_Z, check_table, counted_step, row_at
+from diffdfkd.kernels.row import EPS_M, EPS_Z, N_COLUMNS, X0_M, X0_Z, check_table, counted_step, inside_table, row_at
 
 MOST_ELEMENTS = 65_535 * 1024
 """Of one sample, whose tiles lie along the second axis of a grid; over the batch, offsets have 64 bits."""
@@ -49,8 +49,9 @@ def sum_of_squares(values: Tensor) -> Tensor:
 
 
 def predict_reference(z: Tensor, model_output: Tensor, rows: Tensor, step: Tensor, scale: Tensor) -> Prediction:
-    step[1].copy_(step[0])
-    row = row_at(rows, step[:1])
+    now = inside_table(step[:1], rows)
+    step[1:].copy_(now)
+    row = row_at(rows, now)
     z = z.float()
     output = model_output.float()
     if output.shape[0] == 2 * z.shape[0]:
@@ -115,7 +116,7 @@ def _predict_kernel(
     tl.store(squares_at + batch.to(tl.int64) * tiles, tl.sum(x0 * x0))
 
 
-def tiling(n: int) -> tuple[int, int]:
+def step_tiling(n: int) -> tuple[int, int]:
     """(elements of a tile, warps) of the kernels of a step, from a sample's size alone: sums do not depend on tuning.
 
     Eight elements a thread are two 128-bit loads of float32 and one of float16; above 1,024 elements more programs
@@ -132,7 +133,7 @@ def predict_launch(
     batch, channels, height, width = z.shape
     n = channels * height * width
     check_floats(model_output=model_output)
-    block, warps = tiling(n)
+    block, warps = step_tiling(n)
     tiles = blocks(n, block)
     result = Prediction(
         torch.empty_like(z), torch.empty_like(z), torch.empty(2, batch, tiles, dtype=torch.float32, device=z.device)

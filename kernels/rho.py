@@ -4,8 +4,9 @@
     unit  rho |x0| / |g|
     cfg   rho w (sigma / alpha) |eps_c - eps_u| / |g|
 
-The step size is 0 where the gradient is 0, and where gradient or size are not finite. An update of z in the place of x0
-(modes exact and reuse) takes |z| in the place of |x0|, and the last rule then has no sigma / alpha.
+The step size is 0 where the gradient is 0, and where gradient or size are not finite. An update of the UNet's
+input y = input_scale z (modes exact and reuse) takes |y| in the place of |x0|, and the last rule then has no
+sigma / alpha.
 """
 
 from typing import Literal
@@ -33,7 +34,7 @@ def step_size_reference(
     *,
     of: Literal["x0", "z"] = "x0",
 ) -> Tensor:
-    """Step [B] along the gradient; for an update of z (``of="z"``) hand the norm of z in as ``x0_norm``.
+    """Step [B] along the gradient; for an update of z (``of="z"``) hand the norm of the UNet's input in as ``x0_norm``.
 
     ``guidance_norm`` is that of `Prediction`, ``scale`` [B] that of classifier-free guidance.
     """

@@ -49,7 +49,7 @@ COLUMNS: tuple[str, ...] = Row._fields
 
 # For the kernels, which know neither names nor tuples of them.
 N_COLUMNS = tl.constexpr(len(COLUMNS))
-INPUT_SCALE, X0_Z, X0_M, EPS_Z, EPS_M, Z, X0, EPS, PREVIOUS, NOISE, ALPHA, SIGMA = map(tl.constexpr, range(12))
+INPUT_SCALE, X0_Z, X0_M, EPS_Z, EPS_M, Z, X0, EPS, PREVIOUS, NOISE, ALPHA = map(tl.constexpr, range(11))
 
 
 def named(row: Tensor) -> Row:
@@ -62,6 +62,11 @@ def named(row: Tensor) -> Row:
 def start_counter(device: torch.device | str, step: int = 0) -> Tensor:
     """Step counter int32 [2] of a trajectory that begins with row ``step`` of its table."""
     return torch.full((2,), step, dtype=torch.int32, device=device)
+
+
+def inside_table(step: Tensor, rows: Tensor) -> Tensor:
+    """`counted_step` in torch: a number of the counter, int32 [1]."""
+    return step.clamp(0, len(rows) - 1)
 
 
 def row_at(rows: Tensor, step: Tensor) -> Row:

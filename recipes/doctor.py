@@ -82,10 +82,10 @@ def _kernels(gpu: bool) -> dict[str, str]:
     """Which form of the operations between the networks ``kernel=auto`` takes here, and why."""
     from diffdfkd.kernels.launch import launch_fault
 
-    fault = launch_fault() if gpu else "the fused Triton kernels want a GPU"
+    fault = launch_fault() if gpu else "the fused Triton kernels need a CUDA GPU"
     if fault is None:
-        return {"auto": "triton", "words": "kernel=auto takes the fused Triton kernels"}
-    return {"auto": "reference", "words": f"kernel=auto takes the plain formulation: {fault}"}
+        return {"auto": "triton", "words": "kernel=auto takes kernel=triton, the fused kernels"}
+    return {"auto": "reference", "words": f"kernel=auto takes kernel=reference, plain torch: {fault}"}
 
 
 def _gpu(gpu: Mapping[str, Any]) -> Iterable[str]:

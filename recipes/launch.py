@@ -22,11 +22,7 @@ def settle_machine(recipe: Recipe, before: Recipe | None = None) -> Recipe:
     threads = recipe.threads or (before.threads if before else None) or machine_threads()
     kernel = recipe.kernel if recipe.kernel != "auto" else before.kernel if before else _kernel(device)
     if kernel == "triton":
-        try:
-            kernel = _kernel(device, "triton")
-        except UserError as error:
-            place = ", in another output folder" if before is not None and before.kernel == "triton" else ""
-            raise UserError(f"{error}{place}") from None
+        kernel = _kernel(device, "triton", begun=before is not None and before.kernel == "triton")
     return recipe.model_copy(update={"device": device, "threads": threads, "kernel": kernel})
 
 
@@ -54,8 +50,8 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _kernel(device: str, wanted: Literal["auto", "triton"] = "auto") -> str:
-    """The form that is meant on a device; UserError where there is none."""
+def _kernel(device: str, wanted: Literal["auto", "triton"] = "auto", *, begun: bool = False) -> str:
+    """The form that is meant on a device; UserError where there is none. ``begun``: the folder's run took Triton."""
     if wanted == "auto" and device != "cuda":
         return "reference"
     import torch
@@ -65,11 +61,16 @@ def _kernel(device: str, wanted: Literal["auto", "triton"] = "auto") -> str:
     try:
         settled = settle_kernel(wanted, torch.device(device))
     except KernelUnavailable as error:
+        if begun:
+            raise UserError(
+                f"kernel: the run in this folder took triton, which needs a CUDA device, and this is the {device}; go "
+                "on with it on a GPU, or give kernel=reference and another output folder"
+            ) from None
         raise UserError(str(error)) from None
     if settled == "triton" and device == "cuda" and (fault := launch_fault()) is not None:
         if wanted == "triton":
-            raise UserError(f"kernel: {fault}; or give kernel=reference")
-        log.warning("kernel=auto takes the plain formulation, which is slower: %s", fault)
+            raise UserError(f"kernel: {fault}; or give kernel=reference{', in another output folder' * begun}")
+        log.warning("kernel=auto takes kernel=reference (plain torch): %s", fault)
         return "reference"
     return settled
 

@@ -36,6 +36,17 @@ def test_forms_give_the_same_result(which: str) -> None:
     assert error_of(kernels.checked(operation, lambda: operation.call("triton")), expected) < 1e-5
 
 
+def test_operations_and_bytes_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--count", "--only", "predict"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and lines[1].split()[:1] == ["predict"]
+    with kernels.Counting() as counting:
+        tensor = torch.ones(4, device="meta")
+        (tensor.view(2, 2) + 1).sum()
+    # ones, the sum with 1, and its total: 16, 16 + 16 and 16 + 4 bytes.
+    assert (counting.operations, counting.bytes) == (3, 16 + 32 + 20)
+
+
 def test_a_wrong_form_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = torch.zeros(3)
     calls = {"reference": torch.ones(3), "compiled": torch.tensor([1.0, torch.nan, 1.0])}

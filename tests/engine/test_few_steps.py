@@ -21,7 +21,7 @@ from diffdfkd.kernels.advance import advance
 from diffdfkd.kernels.philox import INITIAL_NOISE, STEP_NOISE, philox_normal
 from diffdfkd.kernels.predict import predict
 from diffdfkd.kernels.row import named, start_counter
-from diffdfkd.kernels.step import Draw
+from diffdfkd.kernels.step_inputs import Draw
 
 CLASSES = ["coat", "bag", "shoe"]
 

@@ -11,7 +11,7 @@ from diffdfkd.kernels.advance import Advance, advance, advance_launch
 from diffdfkd.kernels.philox import STEP_NOISE, philox_normal
 from diffdfkd.kernels.predict import Prediction, sum_of_squares
 from diffdfkd.kernels.row import COLUMNS, start_counter
-from diffdfkd.kernels.step import Draw, Guidance, Mix, NextInput, checked_mix
+from diffdfkd.kernels.step_inputs import Draw, Guidance, Mix, NextInput, checked_mix
 
 KERNELS = ("reference", "triton")
 Form = Literal["reference", "triton"]
@@ -362,7 +362,10 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "another device": ("alive: on meta", {"alive": torch.ones(3, dtype=torch.bool, device="meta")}),
 }
 BAD_FOR_TRITON: dict[str, tuple[str, dict[str, Any]]] = {
-    "gradient in double": ("gradient: torch.float64 with kernel=triton", {"guidance": steering(GRADIENT.double())}),
+    "gradient in double": (
+        "gradient: torch.float64; the Triton kernel reads",
+        {"guidance": steering(GRADIENT.double())},
+    ),
     "strides of the gradient": ("gradient: strides", {"guidance": steering(torch.ones(3, 4, 2, 4)[..., ::2])}),
     "strides of z": ("z: strides", {"z": torch.ones(3, 4, 4, 2)[:, :, ::2]}),
     "strides of the input": (

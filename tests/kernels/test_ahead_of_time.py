@@ -14,7 +14,7 @@ import pytest
 import triton
 
 from diffdfkd.kernels import ahead_of_time
-from diffdfkd.kernels.ahead_of_time import Row, main, violations
+from diffdfkd.kernels.ahead_of_time import Compiled, main, violations
 from diffdfkd.kernels.configurations import configurations
 
 TABLE = Path(ahead_of_time.__file__).parent.parent / "benchmarks/results/kernels-ahead-of-time.csv"
@@ -89,8 +89,8 @@ def first_of_each() -> dict[str, Any]:
 
 
 @pytest.fixture
-def rows(first_of_each: dict[str, Any]) -> list[Row]:
-    return [Row(**row) for row in first_of_each["rows"]]
+def rows(first_of_each: dict[str, Any]) -> list[Compiled]:
+    return [Compiled(**row) for row in first_of_each["rows"]]
 
 
 def test_a_launch_would_compile_the_same(first_of_each: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ def test_a_launch_would_compile_the_same(first_of_each: dict[str, Any]) -> None:
     assert first_of_each["alike"] == {one.kernel: True for one in configurations()}
 
 
-def test_every_kernel_compiles_without_a_gpu(rows: list[Row]) -> None:
+def test_every_kernel_compiles_without_a_gpu(rows: list[Compiled]) -> None:
     assert {row.kernel for row in rows} == {one.kernel for one in configurations()}
     assert {row.arch for row in rows} == {80, 90}
     assert all(0 < row.registers <= 255 for row in rows)
@@ -118,18 +118,18 @@ def test_every_kernel_is_in_the_table() -> None:
     assert [name for name, value in kernels.items() if all(kernel is not value for kernel in launched)] == []
 
 
-def test_kernels_keep_what_they_promise(rows: list[Row]) -> None:
+def test_kernels_keep_what_they_promise(rows: list[Compiled]) -> None:
     assert [line for row in rows for line in violations(row)] == []
 
 
-def test_figures_of_a_known_kernel(rows: list[Row]) -> None:
+def test_figures_of_a_known_kernel(rows: list[Compiled]) -> None:
     """One program of 32 threads for each of the demo's samples: z, two outputs, x0 and eps_hat of four bytes."""
     (row,) = [row for row in rows if (row.kernel, row.arch) == ("predict", 90)]
     assert row.configuration == "demo, CFG, fp32"
     assert (row.load_bits, row.store_bits, row.bytes_per_element, row.note) == (128, 128, 20.0, "")
 
 
-KEPT = Row("k", "c", 80, 40, 0, 0, 128, 128, 16.0, 16, 9, True, "")
+KEPT = Compiled("k", "c", 80, 40, 0, 0, 128, 128, 16.0, 16, 9, True, "")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from diffdfkd.kernels.philox import STEP_NOISE, philox_normal
 from diffdfkd.kernels.predict import predict
 from diffdfkd.kernels.rho import RULES, Rule
 from diffdfkd.kernels.row import COLUMNS, start_counter
-from diffdfkd.kernels.step import Draw, Guidance, Mix, NextInput, checked_mix
+from diffdfkd.kernels.step_inputs import Draw, Guidance, Mix, NextInput, checked_mix
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 interpreted = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter is on; give -m gpu alone")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffdfkd.kernels.kd_loss import MOST_CLASSES, adversarial_loss, divergence, kd_loss, tiling
+from diffdfkd.kernels.kd_loss import MOST_CLASSES, adversarial_loss, divergence, kd_loss, row_tiling
 from diffdfkd.kernels.launch import Launch
 
 NAN, INF = float("nan"), float("inf")
@@ -84,7 +84,7 @@ def test_a_maximum_in_a_late_block_rescales_what_came_before(rising: str, temper
         student += slope
     if rising == "apart":
         student -= slope
-    assert tiling(5000)[1] < 2500
+    assert row_tiling(5000)[1] < 2500
     check(student, teacher, temperature)
 
 
@@ -316,7 +316,7 @@ def test_what_the_kernel_cannot_read() -> None:
 
 def test_tiles_cover_every_number_of_classes() -> None:
     for classes in range(2, MOST_CLASSES + 1):
-        rows, block, warps = tiling(classes)
+        rows, block, warps = row_tiling(classes)
         assert math.log2(rows * block * warps).is_integer() and rows * block == 256 * warps <= 2048
         assert block >= min(classes, 2048)
 

@@ -8,7 +8,7 @@ from kernels_tolerances import DTYPES, TOLERANCES
 from torch import Tensor
 
 from diffdfkd.kernels import activation as tiles
-from diffdfkd.kernels.activation import tiling
+from diffdfkd.kernels.activation import activation_tiling
 from diffdfkd.kernels.moments import (
     Moments,
     accumulate_moments,
@@ -71,7 +71,7 @@ def test_runs_of_several_tiles(shape: tuple[int, ...], channels_last: bool) -> N
     activation = draw(shape, channels_last=channels_last)
     # Runs of one sample differ too.
     activation += torch.linspace(0, 5, shape[-1])
-    cut = tiling(activation)
+    cut = activation_tiling(activation)
     assert cut.channels_last == channels_last and cut.chunks == 2 and cut.splits > 1
     weight = torch.tensor([0.0, 1.0])
     check(batch_moments(activation, weight, kernel="triton"), plain_moments(activation, weight))

@@ -8,7 +8,7 @@ from torch import Tensor
 from diffdfkd.kernels.move import Move, move
 from diffdfkd.kernels.predict import Prediction, sum_of_squares
 from diffdfkd.kernels.row import COLUMNS, start_counter
-from diffdfkd.kernels.step import Guidance
+from diffdfkd.kernels.step_inputs import Guidance
 
 KERNELS = ("reference", "triton")
 Form = Literal["reference", "triton"]

@@ -7,7 +7,7 @@ from kernels_tolerances import DTYPES, TOLERANCES
 from torch import Tensor
 from vast import vast
 
-from diffdfkd.kernels.predict import Prediction, predict, predict_launch, tiling
+from diffdfkd.kernels.predict import Prediction, predict, predict_launch, step_tiling
 from diffdfkd.kernels.row import COLUMNS, start_counter
 
 KERNELS = ("reference", "triton")
@@ -103,7 +103,7 @@ def test_sums_of_a_sample_do_not_depend_on_its_batch() -> None:
     for b in range(3):
         alone = called(z[b : b + 1], output[b : b + 1], 1.0, "triton")
         assert torch.equal(alone.x0_norm[0], together.x0_norm[b])
-    assert together.squares.shape == (2, 3, -(-4 * 40 * 40 // tiling(4 * 40 * 40)[0]))
+    assert together.squares.shape == (2, 3, -(-4 * 40 * 40 // step_tiling(4 * 40 * 40)[0]))
 
 
 def test_offsets_have_64_bits() -> None:
@@ -161,7 +161,7 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
 }
 BAD_FOR_TRITON: dict[str, tuple[str, dict[str, Any]]] = {
     "output in double": (
-        "model_output: torch.float64 with kernel=triton",
+        "model_output: torch.float64; the Triton kernel reads",
         {"model_output": torch.randn(6, 4, 2, 2).double()},
     ),
     "strides of z": ("z: strides", {"z": torch.randn(3, 4, 2, 4)[..., ::2]}),

@@ -103,12 +103,14 @@ def test_a_gpu_is_described(few_extras: None, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (40 * 2**30, 80 * 2**30))
     monkeypatch.setattr(machine, "_driver", lambda: "580.1")
     monkeypatch.setattr("diffdfkd.kernels.launch.launch_fault", lambda: "Triton needs a C compiler")
-    assert "kernel=auto takes the plain formulation: Triton needs a C compiler" in " ".join(doctor.doctor().split())
+    assert "kernel=auto takes kernel=reference, plain torch: Triton needs a C compiler" in " ".join(
+        doctor.doctor().split()
+    )
     monkeypatch.setattr("diffdfkd.kernels.launch.launch_fault", lambda: None)
     text = " ".join(doctor.doctor().split())
     assert "GPU Some GPU, 80.0 GiB (40.0 GiB free), compute capability 9.0, driver 580.1" in text
     assert "GPU none" not in text
-    assert "kernels kernel=auto takes the fused Triton kernels" in text
+    assert "kernels kernel=auto takes kernel=triton, the fused kernels" in text
 
 
 @pytest.mark.parametrize(

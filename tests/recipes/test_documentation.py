@@ -18,7 +18,7 @@ DOCS = Path(recipe.__file__).resolve().parent.parent / "docs"
 
 def test_the_python_of_the_api_page_runs(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "api.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks:
