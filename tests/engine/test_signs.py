@@ -3,8 +3,9 @@ import torch
 from torch import nn
 
 from diffdfkd.engine.classifier import Classifier, Preprocessing
-from diffdfkd.engine.cutmix import CutMixPlan
+from diffdfkd.engine.cutmix import plan_cutmix
 from diffdfkd.engine.painter import Painting
+from diffdfkd.engine.recipe import CutMixRecipe
 from diffdfkd.engine.signs import Observation, look_at
 from diffdfkd.engine.taps import BatchNormTaps
 from diffdfkd.kernels.batchnorm_loss import batchnorm_loss
@@ -36,7 +37,7 @@ def painting(pixels, labels, alive=None, latents=None):
         targets=nn.functional.one_hot(torch.tensor(labels), 3).float(),
         losses=torch.zeros(1, 4),
         latents=torch.ones(count) if latents is None else torch.tensor(latents),
-        plan=CutMixPlan(*[None] * len(CutMixPlan.__dataclass_fields__)),
+        plan=plan_cutmix(CutMixRecipe(), torch.tensor(labels), 3, 1, (1, 1), 0, torch.arange(len(labels))),
     )
 
 
