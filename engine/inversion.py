@@ -5,13 +5,13 @@ kernels/kd_loss.py. Every term takes a weight of 0 or 1 per sample. A sample of 
 never multiplied, so that its NaN stays its own.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional
+
+from diffdfkd.kernels.kd_loss import counted_mean
 
 
 def class_loss(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
     """L_cls: cross-entropy of logits [B, K] with soft targets [B, K], mean over the samples of weight 1."""
     entropy = -(targets * functional.log_softmax(logits, dim=1)).sum(1)
-    counts = weight > 0
-    return torch.where(counts, entropy, 0).sum() / counts.sum().clamp(min=1)
+    return counted_mean(entropy, weight)

@@ -21,7 +21,7 @@ from diffdfkd.kernels.launch import Kernel
 from diffdfkd.kernels.move import move
 from diffdfkd.kernels.predict import Prediction, predict
 from diffdfkd.kernels.row import row_at, start_counter
-from diffdfkd.kernels.step_inputs import Draw, Guidance, Mix, NextInput
+from diffdfkd.kernels.step_inputs import Draw, Guidance, Mix, NextInput, write_input
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def sample(
     z = (noise.float() * table.initial_scale).contiguous(memory_format=torch.channels_last)
     inputs = torch.empty((len(context), *z.shape[1:]), device=device, memory_format=torch.channels_last)
     next_input = NextInput(inputs, timesteps[0].repeat(len(context)), timesteps)
-    inputs.unflatten(0, (-1, batch)).copy_(row_at(rows, start_counter(device)[:1]).input_scale * z)
     step = start_counter(device)
+    write_input(inputs, row_at(rows, step[:1]).input_scale * z)
     previous_x0 = None
     alive = torch.ones(batch, dtype=torch.bool, device=device)
     frozen = torch.zeros(table.steps, dtype=torch.int32, device=device)

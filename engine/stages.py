@@ -19,7 +19,7 @@ from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.taps import BatchNormTaps
 from diffdfkd.kernels.batchnorm_loss import batchnorm_loss
 from diffdfkd.kernels.kd_loss import adversarial_loss
-from diffdfkd.kernels.launch import Kernel
+from diffdfkd.kernels.launch import Kernel, at_least_float32
 
 
 class Port(NamedTuple):
@@ -77,7 +77,7 @@ def unet_stage(prior: Prior, dtype: torch.dtype = torch.float32, guidance_scale:
             output = prior.unet(
                 sample, timestep, encoder_hidden_states=context, timestep_cond=condition, return_dict=False
             )[0]
-        return dense(_at_least_float32(output))
+        return dense(at_least_float32(output))
 
     return unet
 
@@ -99,7 +99,7 @@ def decode_stage(prior: Prior, dtype: torch.dtype = torch.float32) -> Callable[[
         latents = latents.contiguous(memory_format=torch.channels_last)
         with arithmetic(latents.device, dtype):
             images = prior.decode(latents)
-        return _at_least_float32(images)
+        return at_least_float32(images)
 
     return decode
 
@@ -138,10 +138,10 @@ def guidance_chain(
         leaf = _where(counts, x0.detach(), 0).contiguous(memory_format=torch.channels_last).requires_grad_()
         with torch.enable_grad():
             with arithmetic(leaf.device, dtype):
-                images = _at_least_float32(decode(leaf))
+                images = at_least_float32(decode(leaf))
                 counts = counts & finite(images)
-                logits = _at_least_float32(teacher(images)).contiguous()
-                replies = _at_least_float32(opponent(images)).contiguous() if opponent else logits
+                logits = at_least_float32(teacher(images)).contiguous()
+                replies = at_least_float32(opponent(images)).contiguous() if opponent else logits
             counts = counts & finite(logits) & finite(replies)
             zero = logits.new_zeros(())
             by_class = class_loss(logits, targets, counts)
@@ -227,7 +227,3 @@ def finite(values: Tensor) -> Tensor:
 
 def _where(samples: Tensor, values: Tensor, other: float) -> Tensor:
     return torch.where(samples.view(-1, *[1] * (values.dim() - 1)), values, other)
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -13,7 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffdfkd.kernels.launch import Kernel, blocks, check_floats, check_tensor, power_of_two, settle_kernel
+from diffdfkd.kernels.launch import (
+    Kernel,
+    blocks,
+    check_floats,
+    check_tensor,
+    power_of_two,
+    settle_kernel,
+    unreadable_strides,
+)
 
 TILE = 4096
 """Elements that a program holds at once."""
@@ -68,10 +76,7 @@ def activation_tiling(activation: Tensor, name: str = "activation") -> Tiling:
     positions = activation.numel() // (batch * channels)
     channels_last = activation.movedim(1, -1).is_contiguous()
     if not channels_last and not activation.is_contiguous():
-        raise ValueError(
-            f"{name}: strides {activation.stride()} of shape {tuple(activation.shape)} are neither contiguous nor "
-            "channels_last; give it .contiguous()"
-        )
+        raise unreadable_strides(name, activation)
     p, c = power_of_two(positions), power_of_two(channels)
     if channels_last and channels > 1:
         # 64 channels of float16 are a cache line.

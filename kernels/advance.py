@@ -34,7 +34,7 @@ from diffdfkd.kernels.row import (
     row_at,
 )
 from diffdfkd.kernels.sample_step import sample_state, stepped
-from diffdfkd.kernels.step_inputs import Draw, Guidance, Mix, NextInput, check_format, check_step
+from diffdfkd.kernels.step_inputs import Draw, Guidance, Mix, NextInput, check_format, check_step, write_input
 
 
 class Advance(NamedTuple):
@@ -101,8 +101,7 @@ def advance_reference(
         frozen.index_add_(0, now, (alive & ~still).sum(dtype=frozen.dtype)[None])
     following_step = (now + 1).clamp(max=len(rows) - 1)
     if next_input is not None:
-        scaled = row_at(rows, following_step).input_scale * following
-        next_input.sample.unflatten(0, (-1, len(z))).copy_(scaled.expand(len(next_input.sample) // len(z), *z.shape))
+        write_input(next_input.sample, row_at(rows, following_step).input_scale * following)
         next_input.timestep.copy_(next_input.timesteps.index_select(0, following_step).expand(len(next_input.timestep)))
     step[:1].copy_(now + 1)
     return Advance(following, x0 if keep_x0 else None, still)

@@ -24,7 +24,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from diffdfkd.kernels.launch import Kernel, Launch, blocks, check_floats, power_of_two, settle_kernel
+from diffdfkd.kernels.launch import (
+    Kernel,
+    Launch,
+    at_least_float32,
+    blocks,
+    check_floats,
+    check_tensor,
+    power_of_two,
+    settle_kernel,
+)
 
 MOST_CLASSES = 32_768
 """Of the kernels, which give a row to one program; ImageNet-21k has 21,841."""
@@ -34,7 +43,7 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 def divergence_reference(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    teacher, student = _at_least_float32(teacher.detach()), _at_least_float32(student)
+    teacher, student = at_least_float32(teacher.detach()), at_least_float32(student)
     log_p = _finite_log(functional.log_softmax(teacher / temperature, dim=1))
     log_q = functional.log_softmax(student / temperature, dim=1)
     return (log_p.exp() * (log_p - log_q)).sum(1), teacher.argmax(1) == student.argmax(1)
@@ -44,10 +53,6 @@ def kd_loss_reference(student_logits: Tensor, teacher_logits: Tensor, temperatur
     student = functional.log_softmax(student_logits.float() / temperature, dim=1)
     teacher = _finite_log(functional.log_softmax(teacher_logits.detach().float() / temperature, dim=1))
     return temperature**2 * functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _finite_log(log_p: Tensor) -> Tensor:
@@ -294,9 +299,14 @@ def adversarial_loss(
             f"{teacher_logits.device}; [B] there"
         )
     kl, agree = divergence(student_logits, teacher_logits, 1.0, kernel=kernel)
-    counts = weight > 0
     # Selected twice, so that a row without agreement counts in the mean.
-    return -torch.where(counts, torch.where(agree, kl, 0), 0).sum() / counts.sum().clamp(min=1)
+    return -counted_mean(torch.where(agree, kl, 0), weight)
+
+
+def counted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Mean of [B] over the samples of weight 1, the others masked, whatever they hold; 0 where none counts."""
+    counts = weight > 0
+    return torch.where(counts, values, 0).sum() / counts.sum().clamp(min=1)
 
 
 def _settle(student: Tensor, teacher: Tensor, temperature: float, kernel: Kernel) -> str:
@@ -319,6 +329,5 @@ def _settle(student: Tensor, teacher: Tensor, temperature: float, kernel: Kernel
             f"logits: {student.shape[1]} classes; the Triton kernel takes 2 to {MOST_CLASSES}: give kernel=reference"
         )
     for name, logits in (("student", student), ("teacher", teacher)):
-        if not logits.is_contiguous():
-            raise ValueError(f"{name}: strides {logits.stride()} of shape {tuple(logits.shape)}; give it .contiguous()")
+        check_tensor(name, logits, tuple(student.shape), None, student.device)
     return form

@@ -119,6 +119,19 @@ def check_floats(**tensors: Tensor | None) -> None:
             )
 
 
+def unreadable_strides(name: str, tensor: Tensor) -> ValueError:
+    """The error for a tensor that lies in neither memory format."""
+    return ValueError(
+        f"{name}: strides {tensor.stride()} of shape {tuple(tensor.shape)} are neither contiguous nor channels_last; "
+        "give it .contiguous()"
+    )
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """As the references compute: half precision in float32, wider as it is."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def power_of_two(n: int) -> int:
     """The smallest that is not below n."""
     return 1 << (n - 1).bit_length() if n > 1 else 1

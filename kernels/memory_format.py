@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffdfkd.kernels.launch import unreadable_strides
+
 
 def is_channels_last(name: str, tensor: Tensor) -> bool:
     """Whether [B, c, h, w] is channels_last rather than contiguous; ValueError for any other strides."""
@@ -16,10 +18,7 @@ def is_channels_last(name: str, tensor: Tensor) -> bool:
         return False
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         return True
-    raise ValueError(
-        f"{name}: strides {tensor.stride()} of shape {tuple(tensor.shape)} are neither contiguous nor channels_last; "
-        "give it .contiguous()"
-    )
+    raise unreadable_strides(name, tensor)
 
 
 def is_crossed(name: str, tensor: Tensor, like: Tensor) -> bool:

@@ -28,7 +28,7 @@ from diffdfkd.kernels.activation import (
     settle_inputs,
     tile_offsets,
 )
-from diffdfkd.kernels.launch import Kernel, Launch, blocks, power_of_two
+from diffdfkd.kernels.launch import Kernel, Launch, at_least_float32, blocks, power_of_two
 
 
 class Moments(NamedTuple):
@@ -67,7 +67,7 @@ class SampleMoments(torch.autograd.Function):
 
 def sample_moments_reference(activation: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each sample, two of [B, C] in float32 or wider."""
-    activation = activation.to(torch.promote_types(activation.dtype, torch.float32))
+    activation = at_least_float32(activation)
     if activation.dim() == 2:
         activation = activation[:, :, None]
     means, variances = SampleMoments.apply(activation)

@@ -32,7 +32,14 @@ from diffdfkd.kernels.row import (
     inside_table,
     row_at,
 )
-from diffdfkd.kernels.step_inputs import Guidance, check_format, check_guidance, check_prediction, refuse_overlap
+from diffdfkd.kernels.step_inputs import (
+    Guidance,
+    check_format,
+    check_guidance,
+    check_prediction,
+    refuse_overlap,
+    write_input,
+)
 
 
 class Move(NamedTuple):
@@ -71,7 +78,7 @@ def move_reference(
     moved = torch.where(used, size[:, None, None, None] * gradient, 0)  # of y
     z = z - moved / row.input_scale
     if inputs is not None:
-        inputs.unflatten(0, (-1, len(z))).copy_((row.input_scale * z).expand(len(inputs) // len(z), *z.shape))
+        write_input(inputs, row.input_scale * z)
         return Move(z, prediction, living)
     # Where nothing but noise is left (alpha 0), eps_hat alone says nothing of x0.
     x0 = prediction.x0 - torch.where(row.alpha > 0, 1 / row.alpha, 0) * moved

@@ -43,13 +43,18 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
     return word0, word1, word2, word3
 
 
+def check_seed(name: str, seed: int) -> None:
+    """Raises ValueError for what is no seed of 64 bits."""
+    if not (isinstance(seed, int) and 0 <= seed < 2**64):
+        raise ValueError(f"{name}: got {seed!r}; it must lie in [0, 2**64)")
+
+
 def philox_integers(seed: int, sample_ids: Tensor, step: int | Tensor, stream: int, n: int) -> Tensor:
     """Integers int64 [B, n] in [0, 2**32) for the samples with the ids int64 [B].
 
     A ``step`` that lives on the device, an integer tensor with one element, is not checked.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed: got {seed}; it must lie in [0, 2**64)")
+    check_seed("seed", seed)
     if not 0 <= stream < 16 or (isinstance(step, int) and not 0 <= step <= _MASK):
         raise ValueError(f"stream and step: got {stream} and {step}; they must lie in [0, 16) and [0, 2**32)")
     if sample_ids.dim() != 1 or sample_ids.dtype != torch.int64:

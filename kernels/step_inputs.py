@@ -10,6 +10,7 @@ from torch import Tensor
 from diffdfkd.kernels.box import check_boxes
 from diffdfkd.kernels.launch import check_tensor
 from diffdfkd.kernels.memory_format import is_crossed
+from diffdfkd.kernels.philox import check_seed
 from diffdfkd.kernels.predict import Prediction
 from diffdfkd.kernels.rho import RULES, Rule
 
@@ -57,6 +58,12 @@ class NextInput(NamedTuple):
     """[B or 2B] float32."""
     timesteps: Tensor
     """[S] float32, of the table."""
+
+
+def write_input(sample: Tensor, values: Tensor) -> None:
+    """The UNet's input [B, c, h, w] into its buffer [B or 2B, c, h, w], once or twice over, in the buffer's dtype."""
+    batch = len(values)
+    sample.unflatten(0, (-1, batch)).copy_(values.expand(len(sample) // batch, *values.shape))
 
 
 def checked_mix(partners: Tensor, boxes: Tensor, height: int, width: int, device: torch.device | str) -> Mix:
@@ -110,8 +117,8 @@ def check_step(
         ]
     for name, tensor, shape, dtype in expected:
         check_tensor(name, tensor, shape, dtype, z.device, optional=name in ("previous_x0", "noise", "frozen"))
-    if isinstance(noise, Draw) and not (isinstance(noise.seed, int) and 0 <= noise.seed < 2**64):
-        raise ValueError(f"noise.seed: got {noise.seed!r}; it must lie in [0, 2**64)")
+    if isinstance(noise, Draw):
+        check_seed("noise.seed", noise.seed)
     if mix is not None and not mix.checked:
         check_boxes(mix.boxes, mix.partners, *latents[2:])
     if next_input is not None:
@@ -138,7 +145,10 @@ def refuse_overlap(name: str, written: Tensor | None, read: Mapping[str, Tensor 
         return
     start, end = _span(written)
     for other, tensor in read.items():
-        if tensor is not None and _span(tensor)[0] < end and start < _span(tensor)[1]:
+        if tensor is None:
+            continue
+        first, last = _span(tensor)
+        if first < end and start < last:
             raise ValueError(f"{name}: it shares memory with {other}; give it a buffer of its own")
 
 

@@ -20,9 +20,9 @@ def settle_machine(recipe: Recipe, before: Recipe | None = None) -> Recipe:
             f"device=cpu{place}"
         )
     threads = recipe.threads or (before.threads if before else None) or machine_threads()
-    kernel = recipe.kernel if recipe.kernel != "auto" else before.kernel if before else _kernel(device)
-    if kernel == "triton":
-        kernel = _kernel(device, "triton", begun=before is not None and before.kernel == "triton")
+    kernel = before.kernel if recipe.kernel == "auto" and before else recipe.kernel
+    if kernel != "reference":
+        kernel = _kernel(device, kernel, begun=before is not None and before.kernel == "triton")
     return recipe.model_copy(update={"device": device, "threads": threads, "kernel": kernel})
 
 
@@ -50,7 +50,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _kernel(device: str, wanted: Literal["auto", "triton"] = "auto", *, begun: bool = False) -> str:
+def _kernel(device: str, wanted: Literal["auto", "triton"], *, begun: bool) -> Literal["triton", "reference"]:
     """The form that is meant on a device; UserError where there is none. ``begun``: the folder's run took Triton."""
     if wanted == "auto" and device != "cuda":
         return "reference"

@@ -1,4 +1,3 @@
-import mmap
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -7,6 +6,7 @@ import pytest
 import torch
 from kernels_tolerances import DTYPES, TOLERANCES
 from torch import Tensor
+from vast import vast
 
 from diffdfkd.kernels import activation as tiles
 from diffdfkd.kernels.batchnorm_loss import Distance, batchnorm_distance, batchnorm_loss, gradient_launch, held_loss
@@ -286,11 +286,9 @@ def test_a_launch_is_described_before_it_is_run() -> None:
 
 def test_offsets_have_64_bits() -> None:
     """Sample 2 of 2^30 elements begins at element 2^31, where an offset of 32 bits would be negative."""
-    # Takes memory only where it is touched; 0x4000: MAP_NORESERVE
-    memory = mmap.mmap(-1, 2 * 4 * 3 * 2**30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
-    activation, gradient = torch.frombuffer(memory, dtype=torch.float32).view(2, 3, 1, 2**30)
+    activation, gradient = vast((2, 3, 1, 2**30))
     launch, _ = described(torch.ones(3, 1, 4096))
     activation[2, 0, :4096] = 2.0
-    vast = {**launch.arguments, "x": activation, "gradient": gradient, "positions": 2**30}
-    replace(launch, arguments=vast).run()
+    arguments = {**launch.arguments, "x": activation, "gradient": gradient, "positions": 2**30}
+    replace(launch, arguments=arguments).run()
     torch.testing.assert_close(2**30 * gradient[2, 0, :4096], torch.ones(4096))

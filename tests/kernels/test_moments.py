@@ -1,4 +1,3 @@
-import mmap
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -6,6 +5,7 @@ import pytest
 import torch
 from kernels_tolerances import DTYPES, TOLERANCES
 from torch import Tensor
+from vast import vast
 
 from diffdfkd.kernels import activation as tiles
 from diffdfkd.kernels.activation import activation_tiling
@@ -141,9 +141,7 @@ def test_runs_of_samples_that_do_not_count_are_not_touched() -> None:
 
 def test_offsets_have_64_bits() -> None:
     """Sample 2 of 2^30 elements begins at element 2^31, where an offset of 32 bits would be negative."""
-    # Takes memory only where it is touched; 0x4000: MAP_NORESERVE
-    memory = mmap.mmap(-1, 4 * 3 * 2**30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
-    activation = torch.frombuffer(memory, dtype=torch.float32).view(3, 1, 2**30)
+    activation = vast((3, 1, 2**30))
     launch, (means, _) = moments_launch(activation, torch.tensor([False, False, True]))
     run = launch.constants["CHUNKS"] * launch.constants["BLOCK_P"]
     activation[2, 0, :run] = 3.0
