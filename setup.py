@@ -21,6 +21,7 @@ setup(
     package_dir={"diffdfkd": "."},
     packages=[
         "diffdfkd.engine",
+        "diffdfkd.engine.backends",
         "diffdfkd.kernels",
         "diffdfkd.recipes",
         "diffdfkd.benchmarks",

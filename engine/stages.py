@@ -5,7 +5,6 @@ The sampler calls stages and knows nothing of the models behind them, so that an
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,27 +15,11 @@ from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.inversion import class_loss
 from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.recipe import GuidanceRecipe
+from diffdfkd.engine.specification import Port, Specification
 from diffdfkd.engine.taps import BatchNormTaps
 from diffdfkd.kernels.batchnorm_loss import batchnorm_loss
 from diffdfkd.kernels.kd_loss import adversarial_loss
 from diffdfkd.kernels.launch import Kernel, at_least_float32
-
-
-class Port(NamedTuple):
-    """One input or output of a stage."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Specification:
-    """Names, shapes and dtypes of a stage's inputs and outputs, in the order of its call."""
-
-    name: str
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
 
 
 class Gradient(NamedTuple):
@@ -204,7 +187,7 @@ def chain_specification(latent_shape: tuple[int, int, int], batch: int, classes:
             Port("gradient", latents, torch.float32),
             Port("norm", (batch,), torch.float32),
             Port("finite", (batch,), torch.bool),
-            Port("losses", (4,), torch.float32),
+            Port("losses", (4,), torch.float32, batched=False),
         ),
     )
 
