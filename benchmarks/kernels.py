@@ -5,11 +5,12 @@
     python -m diffdfkd.benchmarks.kernels --only advance --repetitions 200
 
 Before anything is timed, each form's result is compared with the reference's, and the largest error is reported; where
-it is beyond the tolerance the row says so, has no time, and the exit status is 1. Repetitions of the forms of an
-operation are interleaved. On CUDA they are timed with events, on a cleared cache and with all launches enqueued before
-the first one runs; the bandwidth is that of the bytes that must move at least. A step at Stable Diffusion's sizes moves
-a few MB: there a bandwidth far below the card's is the price of a launch, and times are what counts. Without CUDA the
-kernels cannot be timed (the interpreter says nothing of a GPU): only the two references are, by the clock.
+it is beyond the tolerance, or the kernel fails, the row says so, has no time, and the exit status is 1. Repetitions of
+the forms of an operation are interleaved. On CUDA they are timed with events, on a cleared cache and with all launches
+enqueued before the first one runs; the bandwidth is that of the bytes that must move at least. A step at Stable
+Diffusion's sizes moves a few MB: there a bandwidth far below the card's is the price of a launch, and times are what
+counts. Without CUDA the kernels cannot be timed (the interpreter says nothing of a GPU): only the two references are,
+by the clock.
 
 ``--count`` times nothing: on tensors without data it counts the operations of the reference, views left out, and the
 bytes of their inputs and outputs, beside what has to move at least. A compiler may fuse some of them.
@@ -19,6 +20,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -45,8 +47,8 @@ FORMS: tuple[str, ...] = ("triton", "reference", "compiled")
 QUANTILES = (0.1, 0.5, 0.9)
 CACHE = 256 * 2**20
 """Bytes written between repetitions on CUDA: more than any L2 cache holds."""
-AHEAD = 5_000_000
-"""Cycles of a GPU, some 3 ms, that the host is given to get ahead."""
+AHEAD, FARTHEST = 2_000_000, 128_000_000
+"""Cycles of a GPU, some 1 ms and 70 ms, that the host is given to get ahead: doubled until it does."""
 STEPS = 20
 TOLERANCE = 2e-2
 """Of a result's largest error, relative to its largest value: the inputs are half precision."""
@@ -217,9 +219,10 @@ def measure(
         try:
             errors[form] = error_of(checked(operation, call), expected)
         except Exception as error:  # torch.compile fails in many ways; the other forms are still of interest
-            if form != "compiled":
+            if form == "reference":
                 raise
-            notes[form] = f"does not compile: {type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+            notes[form] = f"does not compile: {said}" if form == "compiled" else f"FAILS: {said}"
         if form in notes or not errors[form] <= TOLERANCE:
             notes.setdefault(form, "WRONG: not timed")
             del forms[form]
@@ -231,7 +234,7 @@ def measure(
                 seconds[form].append(taken)
     rows = []
     for form in FORMS:
-        if form == "triton" and device.type != "cuda":
+        if form not in forms and form not in notes:
             continue
         times = seconds.get(form)
         quantiles = gigabytes = None
@@ -250,13 +253,17 @@ def _time(call: Callable[[], Any], device: torch.device) -> float:
         begin = time.perf_counter()
         call()
         return time.perf_counter() - begin
-    torch.empty(CACHE, dtype=torch.int8, device=device).zero_()
-    torch.cuda._sleep(AHEAD)  # meanwhile the host enqueues the whole call: what is timed is the device
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
+    cycles, ahead = AHEAD, False
+    while not ahead:
+        torch.empty(CACHE, dtype=torch.int8, device=device).zero_()
+        torch.cuda._sleep(cycles)  # meanwhile the host enqueues the whole call: what is timed is the device
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        ahead = not start.query() or cycles >= FARTHEST  # a call that waits for the device is never ahead
+        end.synchronize()
+        cycles *= 2
     return start.elapsed_time(end) / 1e3
 
 
@@ -265,13 +272,14 @@ def conditions(device: torch.device) -> dict[str, Any]:
     from diffdfkd.recipes.machine import examine_processor
     from diffdfkd.recipes.run_folder import versions
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
+    commit = None
+    if shutil.which("git") is not None:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "date": date.today().isoformat(),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit or None,
         "gpu": gpu,
         "processor": examine_processor()["model"],
         "cores": len(os.sched_getaffinity(0)),
@@ -346,18 +354,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("No CUDA device: the Triton kernels cannot be timed here. The two references alone, on the CPU:")
     print(f"{'':59}{'p10 us':>9} {'p50 us':>9} {'p90 us':>9}")
     rows: list[Timing] = []
+    told = conditions(device) if given.json is not None else {}
     for name, configuration, operation in operations(device):
         if given.only and given.only not in name:
             continue
         for row in measure(name, configuration, operation, device, given.repetitions):
             rows.append(row)
             print(line(row), flush=True)
+        if given.json is not None:  # after each operation: what was measured stays when the next one is the last
+            content = {"conditions": told, "rows": [asdict(row) for row in rows]}
+            given.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if not rows:
         parser.error(f"--only: no operation's name contains {given.only!r}")
-    if given.json is not None:
-        content = {"conditions": conditions(device), "rows": [asdict(row) for row in rows]}
-        given.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return int(any(row.note.startswith("WRONG") for row in rows))
+    return int(any(row.note.startswith(("FAILS", "WRONG")) for row in rows))
 
 
 if __name__ == "__main__":

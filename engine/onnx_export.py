@@ -1,12 +1,8 @@
 """The student as ONNX, preprocessing inside, written only once it answers as the network does."""
 
 import json
-import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +10,9 @@ import torch
 from torch import Tensor
 
 from diffdfkd.engine.classifier import Classifier
+from diffdfkd.engine.onnx_files import OPSET, deepest_line, silent, strip_notes
 from diffdfkd.engine.shards import write_atomic
 
-OPSET = 21
 TOLERANCE = 1e-4
 """Of the largest difference between two logits, relative to the largest logit; float32 on a CPU gives about 1e-6."""
 BATCHES = (1, 2, 5)
@@ -84,7 +80,7 @@ def _graph(classifier: Classifier) -> Any:
         raise NotExportable(f"{error.name} is not installed; pip install onnx onnxscript") from error
     size, channels = classifier.preprocessing.size, classifier.preprocessing.channels
     try:
-        with _silent(), torch.no_grad():
+        with silent(), torch.no_grad():
             program = torch.onnx.export(
                 classifier,
                 (torch.rand(2, channels, size, size),),
@@ -97,27 +93,12 @@ def _graph(classifier: Classifier) -> Any:
             )
         assert program is not None
         model = program.model_proto
-        _strip(model)
+        strip_notes(model)
         onnx.checker.check_model(model, full_check=True)
     # Whatever a network's own code, the tracer or the converter raises: the reason is handed on.
     except Exception as error:
-        raise NotExportable(f"torch.onnx.export refuses this network: {_first_line(error)}") from error
+        raise NotExportable(f"torch.onnx.export refuses this network: {deepest_line(error)}") from error
     return model
-
-
-def _strip(model: Any) -> None:
-    graph = model.graph
-    for item in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        del item.metadata_props[:]
-        item.ClearField("doc_string")
-
-
-def _first_line(error: BaseException) -> str:
-    """Of the deepest cause, since the exporter wraps what went wrong into advice about bug reports."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def _random_batches(classifier: Classifier) -> Iterator[Tensor]:
@@ -135,7 +116,7 @@ def measure_parity(classifier: Classifier, model: bytes, batches: Sequence[Tenso
         answers = [torch.from_numpy(answer(batch.numpy())) for batch in batches]
     # Each runtime has its own errors, and lacks operators of its own.
     except Exception as error:
-        raise NotExportable(f"the file does not run: {_first_line(error)}") from error
+        raise NotExportable(f"the file does not run: {deepest_line(error)}") from error
     max_abs = largest = 0.0
     count = 0
     for batch, given in zip(batches, answers, strict=True):
@@ -169,16 +150,3 @@ def _runner(model: bytes) -> tuple[str, Any]:
         f"onnxruntime {onnxruntime.__version__}",
         lambda batch: session.run(["logits"], {"images": batch})[0],
     )
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the exporter's warnings and dumps of graphs, which are for its own developers; errors are raised."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

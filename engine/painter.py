@@ -1,7 +1,7 @@
 """From sample ids and classes to images in bytes: one batch of the guided sampler, decoded, resized and encoded."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -11,18 +11,28 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from diffdfkd.engine.backends.serve import (
+    EngineChain,
+    EngineUNet,
+    EngineVjp,
+    Subject,
+    open_engine,
+    run_settings,
+    serves_itself,
+)
 from diffdfkd.engine.classifier import Classifier, convert_channels
 from diffdfkd.engine.cutmix import CutMixPlan, plan_cutmix
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.memory import fitting, machine_memory, refuse_more
 from diffdfkd.engine.pixels import encode_image
-from diffdfkd.engine.plan import SAMPLES_PER_ROUND, ShardPlan, class_labels, sample_ids, weights_digest
+from diffdfkd.engine.plan import SAMPLES_PER_ROUND, ShardPlan, class_labels, lasting, sample_ids, weights_digest
 from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.recipe import Recipe
+from diffdfkd.engine.runner import Runner
 from diffdfkd.engine.sampler import sample
 from diffdfkd.engine.schedule import make_table
 from diffdfkd.engine.shards import Sample
-from diffdfkd.engine.stages import Chain, decode_stage, finite, guidance_chain, unet_stage
+from diffdfkd.engine.stages import Chain, UNet, decode_stage, finite, guidance_chain, unet_stage
 from diffdfkd.engine.taps import BatchNormTaps
 from diffdfkd.kernels.philox import INITIAL_NOISE, philox_normal
 
@@ -49,7 +59,7 @@ class Models:
         configs = (prior.unet.config, prior.vae.config, text_encoder.config.to_dict(), prior.scheduler_config)
         tokens = prior.tokenizer(prompts, padding="max_length", truncation=True).input_ids
         networks = (prior.unet, prior.vae, prior.text_encoder)
-        return weights_digest(networks, *map(_lasting, configs), tokens), weights_digest([self.teacher])
+        return weights_digest(networks, *map(lasting, configs), tokens), weights_digest([self.teacher])
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class Painter:
         synthesis, guidance = recipe.synthesis, recipe.guidance
         self.table = make_table(synthesis.sampler, models.prior.scheduler_config, synthesis.steps, self.device)
         dtype = getattr(torch, recipe.prior.dtype)
-        self.unet = unet_stage(models.prior, dtype, synthesis.guidance_scale)
+        self.unet: UNet = unet_stage(models.prior, dtype, synthesis.guidance_scale)
         # A UNet that is told the scale runs once, on the prompt alone.
         self.scale = 1.0 if models.prior.guidance_width is not None else synthesis.guidance_scale
         if self.scale != synthesis.guidance_scale and guidance.mode != "none" and guidance.rho_rule == "cfg":
@@ -90,13 +100,31 @@ class Painter:
                 "an input; take unit or raw"
             )
         self.decode = decode_stage(models.prior, dtype)
-        self.context, self.rows = _embed(models.prior, class_prompts(recipe))
+        self.context, self.rows = embed_prompts(models.prior, class_prompts(recipe))
         self.taps: BatchNormTaps | None = None
         self.chain: Chain | None = None
+        self.vjp: EngineVjp | None = None
+        self.runners: list[Runner] = []
+        student = models.student if uses_student(recipe, round) else None
+        subject = Subject(recipe, models.prior, models.teacher, self.context, student)
+        if not serves_itself(recipe, recipe.engine.unet):
+            self.unet = EngineUNet(self._open(subject, "unet", recipe.engine.unet))
+            if guidance.mode in ("exact", "reuse"):
+                self.vjp = EngineVjp(self._open(subject, "vjp", recipe.engine.unet))
         if guidance.mode != "none":
-            self.taps = BatchNormTaps(models.teacher.model) if guidance.batchnorm_weight > 0 else None
-            student = models.student if uses_student(recipe, round) else None
-            self.chain = guidance_chain(self.decode, models.teacher, self.taps, guidance, student, kernel=recipe.kernel)
+            if not serves_itself(recipe, recipe.engine.chain):
+                self.chain = EngineChain(self._open(subject, "chain", recipe.engine.chain), student)
+            else:
+                self.taps = BatchNormTaps(models.teacher.model) if guidance.batchnorm_weight > 0 else None
+                self.chain = guidance_chain(
+                    self.decode, models.teacher, self.taps, guidance, student, kernel=recipe.kernel
+                )
+
+    def _open(self, subject: Subject, stage: str, backend: str) -> Runner:
+        if not hasattr(self, "_settings"):
+            self._settings = run_settings(self.recipe)
+        self.runners.append(open_engine(subject, stage, backend, self._settings).runner)
+        return self.runners[-1]
 
     def __enter__(self) -> Self:
         return self
@@ -106,6 +134,8 @@ class Painter:
     ) -> None:
         if self.taps is not None:
             self.taps.remove()
+        for runner in self.runners:
+            runner.close()
 
     def paint(self, ids: Tensor, classes: Tensor, *, guided: bool = True, mixed: bool = True) -> Painting:
         """Samples of the ids [B] and classes [B] int64; optionally without guidance or without CutMix.
@@ -142,6 +172,7 @@ class Painter:
             guidance=guidance,
             plan=plan,
             kernel=recipe.kernel,
+            vjp=self.vjp,
         )
         images, whole = self._finish(trajectory.latents)
         return Painting(
@@ -214,11 +245,6 @@ class Painter:
         return record
 
 
-def _lasting(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """A diffusers or transformers configuration without where it was read from and by which version."""
-    return sorted((key, config[key]) for key in config if not key.startswith("_") and key != "transformers_version")
-
-
 def refuse_batch(prior: Prior, images: int) -> None:
     """UserError for a batch whose latents and images alone are more than all memory, before any is taken."""
     device = next(prior.unet.parameters()).device
@@ -244,7 +270,7 @@ def saved_size(recipe: Recipe) -> int:
 
 
 @torch.no_grad()
-def _embed(prior: Prior, prompts: list[str]) -> tuple[Tensor, Tensor]:
+def embed_prompts(prior: Prior, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """Embeddings [n + 1, T, D] of the distinct prompts and, last, of the empty one; row [K] int64 of each class."""
     distinct = [*dict.fromkeys(prompts), ""]
     embeddings = torch.cat([prior.embed(distinct[i : i + 64]) for i in range(0, len(distinct), 64)])

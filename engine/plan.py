@@ -81,6 +81,15 @@ def synthesis_choices(
     if recipe.kernel == "triton":
         # The plain formulation goes without saying, as in shards that are older than the kernels.
         choices["kernel"] = recipe.kernel
+    # So do torch's own operators in the prior's precision.
+    precision = recipe.engine.precision or recipe.prior.dtype
+    for stage in ("unet", "chain"):
+        if (engine := getattr(recipe.engine, stage)) not in ("auto", "eager"):
+            choices[f"engine.{stage}"] = engine
+    if precision != recipe.prior.dtype:
+        choices["engine.precision"] = precision
+    if recipe.engine.attention == "xformers":
+        choices["engine.attention"] = "xformers"
     if snapshot_digest is not None:
         choices["student"] = snapshot_digest
     return choices
@@ -116,3 +125,8 @@ def weights_digest(networks: Iterable[nn.Module], *settings: Any) -> str:
             sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return sha256.hexdigest()
+
+
+def lasting(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """A diffusers or transformers configuration without where it was read from and by which version."""
+    return sorted((key, config[key]) for key in config if not key.startswith("_") and key != "transformers_version")

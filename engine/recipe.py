@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from diffdfkd.engine.combinations import impossible
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.recipe_file import explain, read_recipe
+from diffdfkd.engine.recipe_file import engine_section, explain, read_recipe
 
 Sampler = Literal["ddim", "ddpm", "euler", "dpmsolver++", "lcm"]
 Count = Annotated[int, Field(ge=1)]
@@ -93,6 +93,28 @@ class TeacherRecipe(ClassifierRecipe):
     torchvision's presets (224 / 256 = 0.875); by default the whole image is squeezed to the size."""
     licence: str | None = None
     """Of the teacher's weights, SPDX where there is one; the student's card hands it on."""
+
+
+Engine = Literal["auto", "eager", "compiled", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+
+
+class EngineRecipe(Section):
+    unet: Engine = "auto"
+    """What runs the UNet; ``auto`` takes the fastest that is installed, proves equal and pays (docs/engines.md). What
+    was taken is frozen into the run, since results depend on it. ``engine=NAME`` sets both."""
+    chain: Engine = "auto"
+    """What runs the guidance chain: decoder, teacher and the gradient."""
+    precision: Literal["float32", "bfloat16", "float16"] | None = None
+    """Arithmetic of the networks inside the engines; that of ``prior.dtype`` by default. Never chosen by ``auto``."""
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """Of the UNet where torch itself runs it; xformers needs CUDA."""
+    capabilities: list[Annotated[str, Field(pattern=r"^SM\d+$")]] = []
+    """Compute capabilities, such as SM89, that ``diffdfkd build`` makes TensorRT-RTX engines for; by default that of
+    the GPU at hand."""
+    memory_mib: Count | None = None
+    """Bound on the scratch memory of a TensorRT engine's layer."""
+    cache: str | None = None
+    """Folder that engines are kept in, the user's own; $DIFFDFKD_CACHE or ~/.cache/diffdfkd by default."""
 
 
 class SynthesisRecipe(Section):
@@ -279,6 +301,7 @@ class Recipe(Section):
     prior: PriorRecipe
     teacher: TeacherRecipe
     student: ClassifierRecipe
+    engine: EngineRecipe = EngineRecipe()
     synthesis: SynthesisRecipe = SynthesisRecipe()
     guidance: GuidanceRecipe = GuidanceRecipe()
     cutmix: CutMixRecipe = CutMixRecipe()
@@ -302,6 +325,11 @@ class Recipe(Section):
     @classmethod
     def _prior_from_path(cls, prior: Any) -> Any:
         return {"path": prior} if isinstance(prior, str) else prior
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _engine_from_name(cls, engine: Any) -> Any:
+        return engine_section(engine) if isinstance(engine, str) else engine
 
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":

@@ -119,17 +119,28 @@ def _override(content: dict[str, Any], override: str) -> None:
         value = _text(text)
     else:
         value = _value(text, override)
+    if key == "engine" and isinstance(value, str):
+        # What else is said of engines, such as their precision, stays.
+        given = content.get("engine")
+        value = {**(given if isinstance(given, dict) else {}), **engine_section(value)}
     *sections, last = key.split(".")
     node = content
     for depth, section in enumerate(sections):
         child = node.setdefault(section, {})
         if section == "prior" and isinstance(child, str):
             child = node[section] = {"path": child}
+        if section == "engine" and isinstance(child, str):
+            child = node[section] = engine_section(child)
         if not isinstance(child, dict):
             value = ".".join(sections[: depth + 1])
             raise UserError(f"{override}: {value} is a value, not a section; give {value}=...")
         node = child
     node[last] = value
+
+
+def engine_section(name: str) -> dict[str, str]:
+    """``engine: NAME`` in full."""
+    return {"unet": name, "chain": name}
 
 
 def _text(text: str) -> str | None:

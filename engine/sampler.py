@@ -15,7 +15,7 @@ from diffdfkd.engine.combinations import guided_steps
 from diffdfkd.engine.cutmix import CutMixPlan
 from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.schedule import Table
-from diffdfkd.engine.stages import Chain, Gradient, UNet, dense, finite
+from diffdfkd.engine.stages import BufferedUNet, Chain, Gradient, UNet, Vjp, dense, finite
 from diffdfkd.kernels.advance import advance
 from diffdfkd.kernels.launch import Kernel
 from diffdfkd.kernels.move import move
@@ -54,14 +54,15 @@ def sample(
     plan: CutMixPlan,
     chain: Chain | None = None,
     kernel: Kernel = "auto",
+    vjp: Vjp | None = None,
 ) -> Trajectory:
     """Latents from unit noise [B, c, h, w] by the table's sampler, steered by ``chain`` as ``guidance`` says.
 
     ``context`` [2B, T, D], unconditional half first, with guidance scale ``scale`` (a number or [B]); or [B, T, D] with
     scale 1. ``sample_ids`` int64 [B] and ``seed`` draw the noise of stochastic samplers. Without a chain nothing is
-    guided. Modes ``exact`` and ``reuse`` need a UNet stage that autograd can cross. ``plan`` is `plan_cutmix`'s, for
-    the table's steps. ``kernel`` is the form of the operations between the stages: kernels/launch.py. Raises ValueError
-    for a context or scale that does not fit.
+    guided. Modes ``exact`` and ``reuse`` need ``vjp``, or a UNet stage that autograd can cross. ``plan`` is
+    `plan_cutmix`'s, for the table's steps. ``kernel`` is the form of the operations between the stages:
+    kernels/launch.py. Raises ValueError for a context or scale that does not fit.
     """
     batch, device = len(noise), noise.device
     doubled = len(context) == 2 * batch
@@ -79,8 +80,13 @@ def sample(
 
     # Latents lie as the UNet takes them, so that no step has to turn them round.
     z = (noise.float() * table.initial_scale).contiguous(memory_format=torch.channels_last)
-    inputs = torch.empty((len(context), *z.shape[1:]), device=device, memory_format=torch.channels_last)
-    next_input = NextInput(inputs, timesteps[0].repeat(len(context)), timesteps)
+    if isinstance(unet, BufferedUNet):
+        inputs, timestep, context = unet.claim(context)
+        timestep.copy_(timesteps[0].expand(len(context)))
+    else:
+        inputs = torch.empty((len(context), *z.shape[1:]), device=device, memory_format=torch.channels_last)
+        timestep = timesteps[0].repeat(len(context))
+    next_input = NextInput(inputs, timestep, timesteps)
     step = start_counter(device)
     write_input(inputs, row_at(rows, step[:1]).input_scale * z)
     previous_x0 = None
@@ -99,15 +105,18 @@ def sample(
         last = index + 1 == table.steps
         steering, loss = None, unguided
         if chain is not None and guided[index] and guidance.mode != "clean":
-            with torch.enable_grad():
-                leaf = inputs.detach().requires_grad_()
+            with torch.set_grad_enabled(vjp is None):
+                leaf = inputs.detach().requires_grad_(vjp is None)
                 output = unet(leaf, next_input.timestep, context)
             prediction = predict_at(z, output.detach())
             gradient = chain(prediction.x0, targets[index], alive)
             loss = gradient.losses
             # What guidance scale and prediction type make of it is left to `move`: the product is linear in it.
             cotangent = gradient.gradient.repeat(2, 1, 1, 1) if doubled else gradient.gradient
-            (by_inputs,) = torch.autograd.grad(output, leaf, cotangent.to(output.dtype))
+            if vjp is not None:
+                _, by_inputs = vjp(leaf, next_input.timestep, context, cotangent)
+            else:
+                (by_inputs,) = torch.autograd.grad(output, leaf, cotangent.to(output.dtype))
             z, prediction, alive = move(
                 z,
                 prediction,

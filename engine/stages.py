@@ -5,7 +5,7 @@ The sampler calls stages and knows nothing of the models behind them, so that an
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,25 @@ class Gradient(NamedTuple):
 
 class UNet(Protocol):
     def __call__(self, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class BufferedUNet(Protocol):
+    """A UNet that reads from buffers of its own, which its caller may write into."""
+
+    def claim(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(sample, timestep, context): its buffers for the rows of ``context``, the last one filled."""
+        ...
+
+    def __call__(self, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor: ...
+
+
+class Vjp(Protocol):
+    """The UNet's prediction, and the product of its transposed Jacobian by the sample with a cotangent."""
+
+    def __call__(
+        self, sample: Tensor, timestep: Tensor, context: Tensor, cotangent: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class Chain(Protocol):

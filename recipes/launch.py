@@ -11,7 +11,10 @@ log = logging.getLogger(__name__)
 
 
 def settle_machine(recipe: Recipe, before: Recipe | None = None) -> Recipe:
-    """The recipe with device, threads and kernel chosen: as the run began, if it has, or else by what there is."""
+    """The recipe with device, threads and kernel chosen: as the run began, if it has, or else by what there is.
+
+    Engines are as the run began; where none has, they are left to `recipes/engines.py`, which needs the networks.
+    """
     device = recipe.device if recipe.device != "auto" else before.device if before else _device()
     if device == "cuda" and _device() != "cuda":
         place = ", in another output folder" if before is not None else ""
@@ -23,7 +26,13 @@ def settle_machine(recipe: Recipe, before: Recipe | None = None) -> Recipe:
     kernel = before.kernel if recipe.kernel == "auto" and before else recipe.kernel
     if kernel != "reference":
         kernel = _kernel(device, kernel, begun=before is not None and before.kernel == "triton")
-    return recipe.model_copy(update={"device": device, "threads": threads, "kernel": kernel})
+    engine = recipe.engine
+    if before is not None:
+        began = {
+            stage: getattr(before.engine, stage) for stage in ("unet", "chain") if getattr(engine, stage) == "auto"
+        }
+        engine = engine.model_copy(update=began)
+    return recipe.model_copy(update={"device": device, "threads": threads, "kernel": kernel, "engine": engine})
 
 
 def rank() -> int:

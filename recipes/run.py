@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffdfkd.engine.errors import UserError, naming
 from diffdfkd.engine.recipe import Recipe
+from diffdfkd.recipes.engines import tell_engines, with_engines
 from diffdfkd.recipes.figures import finish, finished, load_student, stage
 from diffdfkd.recipes.launch import launched, machine_threads, refuse_launch
 from diffdfkd.recipes.run_folder import RunFolder, claim, versions
@@ -47,8 +48,11 @@ def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
 
         use_device(recipe)
         prior, teacher, student, test = load(recipe)
+        folder, choices = with_engines(folder, prior, teacher)
+        recipe = folder.recipe
         folder.freeze()
         with session(folder, "run", time.perf_counter() - started) as journal:
+            tell_engines(choices, journal)
             drop_broken_chain(folder, journal)
             for round in range(recipe.rounds):
                 models = Models(prior, teacher, student_of(folder, round - 1) if round else None)

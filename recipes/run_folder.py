@@ -261,9 +261,11 @@ def _frozen(folder: Path) -> dict[str, Any] | None:
 
 
 def _as_begun(folder: Path) -> Recipe:
-    """The recipe that the folder's run began with; runs older than the field took the only form that there was."""
+    """The recipe that the folder's run began with; runs older than the field took the only forms that there were."""
     recipe = load_recipe(folder / "recipe.yaml")
-    return recipe.model_copy(update={"kernel": "reference"}) if recipe.kernel == "auto" else recipe
+    only = {stage: "eager" for stage in ("unet", "chain") if getattr(recipe.engine, stage) == "auto"}
+    kernel = "reference" if recipe.kernel == "auto" else recipe.kernel
+    return recipe.model_copy(update={"kernel": kernel, "engine": recipe.engine.model_copy(update=only)})
 
 
 def _empty(folder: Path) -> bool:

@@ -6,6 +6,7 @@ diffdfkd synthesize fashion output=runs/images synthesis.images_per_class=50
 import time
 
 from diffdfkd.engine.recipe import Recipe
+from diffdfkd.recipes.engines import tell_engines, with_engines
 from diffdfkd.recipes.figures import stage
 from diffdfkd.recipes.launch import refuse_launch
 from diffdfkd.recipes.run import load_prior_for, session, use_device
@@ -29,8 +30,11 @@ def synthesize(recipe: Recipe, *, progress: bool = True) -> str:
         use_device(recipe)
         teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher").to(recipe.device)
         models = Models(load_prior_for(recipe, teacher), teacher)
+        folder, choices = with_engines(folder, models.prior, teacher)
+        recipe = folder.recipe
         folder.freeze()
         with session(folder, "synthesize", time.perf_counter() - started) as journal:
+            tell_engines(choices, journal)
             with stage(journal, "preview", recipe):
                 preview_pairs(recipe, models, folder.path, journal)
             with stage(journal, "synthesis", recipe):

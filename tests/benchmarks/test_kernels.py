@@ -67,6 +67,53 @@ def test_a_wrong_form_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["compiled"].note == "WRONG: not timed"
 
 
+def test_a_kernel_that_fails_leaves_the_other_forms_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> kernels.Outputs:
+        raise RuntimeError("out of resources\nand more")
+
+    operation = Operation(lambda form: (torch.ones(3),), 12)
+    monkeypatch.setattr(kernels, "forms_of", lambda *_: {"triton": fail, "reference": lambda: operation.call("")})
+    rows = {row.form: row for row in measure("op", "here", operation, CPU, 2)}
+    assert rows["triton"].microseconds is None and rows["triton"].note == "FAILS: RuntimeError: out of resources"
+    assert rows["reference"].microseconds is not None and set(rows) == {"triton", "reference"}
+
+
+def test_what_was_measured_stays_when_the_next_operation_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = kernels.Timing("advance", "here", "triton", 1.0, None, None, "WRONG: not timed")
+    measured = iter([[row]])  # and then nothing more
+    monkeypatch.setattr(kernels, "measure", lambda *_: next(measured))
+    file = tmp_path / "rows.json"
+    with pytest.raises(StopIteration):
+        main(["--only", "advance", "--json", str(file)])
+    assert [row["operation"] for row in json.loads(file.read_text())["rows"]] == ["advance"]
+    monkeypatch.setattr(kernels, "measure", lambda *_: [row])
+    assert main(["--only", "advance"]) == 1
+
+
+def test_the_host_is_given_time_to_get_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device sleeps twice as long until the whole call is enqueued before it begins."""
+    slept: list[int] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None: ...
+        def synchronize(self) -> None: ...
+
+        def query(self) -> bool:
+            return slept[-1] < 3 * kernels.AHEAD
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert kernels._time(lambda: None, torch.device("cuda")) == 0.002
+    assert slept == [kernels.AHEAD, 2 * kernels.AHEAD, 4 * kernels.AHEAD]
+
+
 def test_mistakes_cost_no_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in (
         (["--repetitions", "0"], "--repetitions: got 0"),

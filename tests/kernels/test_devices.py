@@ -363,6 +363,7 @@ def test_one_captured_step_is_replayed_to_a_trajectory(device: str) -> None:
     for _ in range(steps):
         one_step()
     again, z, step = replayable(device, shape, steps)
+    replay = again
     if device == "cuda":
         fresh = z.clone()
         side = torch.cuda.Stream()
@@ -375,8 +376,8 @@ def test_one_captured_step_is_replayed_to_a_trajectory(device: str) -> None:
         with torch.cuda.graph(graph):
             again()
         assert torch.equal(z, fresh)
-        again = graph.replay
+        replay = graph.replay  # ``again`` keeps the tensors that the graph reads
     for _ in range(steps):
-        again()
+        replay()
     assert int(step[0]) == steps
     torch.testing.assert_close(z, expected)

@@ -1,0 +1,282 @@
+"""From a stage to a runner: export, compile or build it once, prove it against eager, keep it in the user's cache."""
+
+import logging
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from diffdfkd.engine.backends.cache import EngineCache
+from diffdfkd.engine.backends.entry import Entry
+from diffdfkd.engine.engine_stages import Stage
+from diffdfkd.engine.parity import Parity, measure_parity, usual_rows
+from diffdfkd.engine.runner import NoEngine, Runner
+
+Backend = Literal["eager", "compiled", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+Make = Callable[[torch.dtype], Stage]
+"""A stage in a precision."""
+
+log = logging.getLogger(__name__)
+
+
+class Refused(NoEngine):
+    """The engine was built and computes something else than eager; it is not kept."""
+
+    def __init__(self, message: str, parity: Parity) -> None:
+        super().__init__(message)
+        self.parity = parity
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all engines of a run are built with."""
+
+    cache: EngineCache
+    threads: int | None = None
+    capabilities: tuple[str, ...] = ()
+    """Of TensorRT-RTX plans that are built for other GPUs than the one at hand."""
+    memory_limit: int | None = None
+    """Bytes of workspace that a TensorRT builder may take."""
+    shared: dict[torch.device, Any] = field(default_factory=dict)
+    """Scratch memory by device, which all TensorRT runners of a run take turns in."""
+
+    def workspace(self, device: torch.device) -> Any:
+        """The shared scratch memory of a device."""
+        from diffdfkd.engine.backends.tensorrt import Workspace
+
+        if device not in self.shared:
+            self.shared[device] = Workspace(device)
+        return self.shared[device]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A runner, and how it came about."""
+
+    runner: Runner
+    parity: Parity | None
+    """As measured when it was built; None for an eager stage in float32, which is the reference."""
+    seconds: float
+    """That its build took, whenever that was."""
+    cached: bool
+    """Whether it was there already."""
+
+
+def graph_precision(backend: Backend, precision: torch.dtype) -> torch.dtype:
+    """Of the stage that a backend takes: OpenVINO lowers a float32 graph by itself."""
+    return torch.float32 if backend == "openvino" else precision
+
+
+def build(make: Make, backend: Backend, precision: torch.dtype, settings: Settings) -> Built:
+    """The stage on a backend, from the cache where it is there.
+
+    Raises NoEngine where the backend is not installed, cannot run here or refuses the stage, and Refused where the
+    result is further from eager float32 than the precision allows.
+    """
+    stage = make(graph_precision(backend, precision))
+    if backend == "eager":
+        from diffdfkd.engine.backends.eager import EagerRunner
+
+        runner: Runner = EagerRunner(stage)
+        if precision == torch.float32:
+            return Built(runner, None, 0.0, False)
+    identity = engine_identity(stage, backend, precision, settings)
+    entry = settings.cache.obtain(backend, identity, lambda folder: _build(stage, backend, precision, settings, folder))
+    runner = open_runner(stage, backend, precision, settings, entry.folder)
+    parity = _parity(entry.details)
+    if parity is None:
+        # Built where it could not run.
+        parity = proven(stage, backend, precision, runner)
+        settings.cache.update(entry, {**entry.details, "parity": asdict(parity)})
+    elif not entry.made:
+        _look(stage, backend, precision, runner, settings, entry)
+    return Built(runner, parity, float(entry.details.get("seconds", 0.0)), not entry.made)
+
+
+def engine_identity(stage: Stage, backend: Backend, precision: torch.dtype, settings: Settings) -> Mapping[str, Any]:
+    """All that an engine depends on: JSON-ready."""
+    from diffdfkd.engine.export import exporter_identity
+
+    identity: dict[str, Any] = {
+        "stage": stage.digest,
+        "specification": stage.specification.describe(),
+        "precision": str(precision).removeprefix("torch."),
+        "exporter": exporter_identity(),
+        "package": package_version(backend),
+        "device": device_identity(stage.device),
+    }
+    if backend in ("tensorrt", "tensorrt-rtx"):
+        identity |= {"capabilities": sorted(settings.capabilities), "memory_limit": settings.memory_limit}
+        if settings.capabilities:
+            # A plan for named GPUs is the same wherever it is built.
+            identity["device"] = "cuda"
+    return identity
+
+
+def device_identity(device: torch.device) -> str:
+    """The processor that an engine was built for and proven on."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)}, SM{major}{minor}, CUDA {torch.version.cuda}"
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def package_version(backend: Backend) -> str | None:
+    """Of the package behind a backend; None where it is not installed."""
+    packages = {
+        "eager": ("torch",),
+        "compiled": ("torch",),
+        "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
+        "openvino": ("openvino",),
+        "tensorrt": ("tensorrt",),
+        "tensorrt-rtx": ("tensorrt_rtx",),
+    }
+    for package in packages[backend]:
+        try:
+            return f"{package} {version(package)}"
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def exported(stage: Stage, settings: Settings) -> Entry:
+    """The stage as an ONNX file in the cache, compared with the stage by ONNX Runtime where that can run it."""
+    from diffdfkd.engine.export import export_stage, exporter_identity
+
+    identity = {
+        "stage": stage.digest,
+        "specification": stage.specification.describe(),
+        "precision": str(stage.precision).removeprefix("torch."),
+        "exporter": exporter_identity(),
+    }
+
+    def export(folder: Path) -> Mapping[str, Any]:
+        details = dict(export_stage(stage, folder))
+        details["parity"] = _file_parity(stage, folder, settings)
+        return details
+
+    return settings.cache.obtain("onnx", identity, export)
+
+
+def _file_parity(stage: Stage, folder: Path, settings: Settings) -> Mapping[str, Any] | None:
+    """Of an exported file, by ONNX Runtime on the CPU; None where that cannot run it. Raises Refused."""
+    from diffdfkd.engine.backends.onnxruntime import OnnxRuntimeRunner
+    from diffdfkd.engine.export import MODEL
+
+    if stage.precision == torch.bfloat16:
+        return None  # ONNX Runtime's CPU provider has no bfloat16
+    cpu = torch.device("cpu")
+    try:
+        runner = OnnxRuntimeRunner(folder / MODEL, stage.specification, cpu, settings.threads)
+    except NoEngine as reason:
+        if package_version("onnxruntime") is None:
+            log.warning("%s: exported, but not compared with eager: %s", stage.name, reason)
+            return None
+        raise
+
+    def run(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        return runner(*(value.to(cpu) for value in inputs))
+
+    parity = measure_parity(stage, run)
+    if parity.fault is not None:
+        raise Refused(f"{stage.name}: its exported graph differs from eager ({parity.fault})", parity)
+    return asdict(parity)
+
+
+def _build(
+    stage: Stage, backend: Backend, precision: torch.dtype, settings: Settings, folder: Path
+) -> Mapping[str, Any]:
+    """What stands in ``folder`` afterwards is the engine; its details hold its parity where it can run here."""
+    details: dict[str, Any] = {"engine": backend}
+    if backend == "compiled":
+        from diffdfkd.engine.backends.compiled import compile_stage
+
+        details |= compile_stage(stage, folder)
+    elif backend in ("tensorrt", "tensorrt-rtx"):
+        details |= _build_plan(stage, backend, settings, folder)
+        if settings.capabilities:
+            return {**details, "parity": None}
+    runner = open_runner(stage, backend, precision, settings, folder)
+    try:
+        details["parity"] = asdict(proven(stage, backend, precision, runner))
+    finally:
+        runner.close()
+    return details
+
+
+def _build_plan(stage: Stage, backend: Backend, settings: Settings, folder: Path) -> Mapping[str, Any]:
+    from diffdfkd.engine.backends.tensorrt_builder import build_plan
+    from diffdfkd.engine.export import MODEL
+
+    assert backend in ("tensorrt", "tensorrt-rtx")
+    return build_plan(
+        exported(stage, settings).path(MODEL),
+        folder / PLAN,
+        stage.specification,
+        flavour=backend,
+        capabilities=settings.capabilities,
+        memory_limit=settings.memory_limit,
+        timing_cache=settings.cache.folder / f"{backend}.timing" if backend == "tensorrt" else None,
+        log=folder / "builder.log",
+    )
+
+
+PLAN = "plan.engine"
+
+
+def proven(stage: Stage, backend: Backend, precision: torch.dtype, runner: Runner) -> Parity:
+    """The parity of an engine; raises Refused where it is not within its precision's tolerance."""
+    parity = measure_parity(stage, runner, precision=precision)
+    if parity.fault is not None:
+        raise Refused(f"{stage.name}: {backend} differs from eager ({parity.fault}); it is not used", parity)
+    return parity
+
+
+def open_runner(stage: Stage, backend: Backend, precision: torch.dtype, settings: Settings, folder: Path) -> Runner:
+    """A runner of what a build left; raises NoEngine where that does not run here."""
+    specification, device = stage.specification, stage.device
+    if backend == "eager":
+        from diffdfkd.engine.backends.eager import EagerRunner
+
+        return EagerRunner(stage)
+    if backend == "compiled":
+        from diffdfkd.engine.backends.compiled import PACKAGE, CompiledRunner
+
+        return CompiledRunner(folder / PACKAGE, specification, device)
+    if backend in ("tensorrt", "tensorrt-rtx"):
+        from diffdfkd.engine.backends.tensorrt import TensorRTRunner
+
+        workspace = settings.workspace(device)
+        return TensorRTRunner(folder / PLAN, specification, device, workspace, flavour=backend)
+    from diffdfkd.engine.export import MODEL
+
+    model = exported(stage, settings).path(MODEL)
+    if backend == "openvino":
+        from diffdfkd.engine.backends.openvino import OpenVinoRunner
+
+        return OpenVinoRunner(model, specification, device, settings.threads, precision)
+    from diffdfkd.engine.backends.onnxruntime import OnnxRuntimeRunner
+
+    return OnnxRuntimeRunner(model, specification, device, settings.threads)
+
+
+def _look(
+    stage: Stage, backend: Backend, precision: torch.dtype, runner: Runner, settings: Settings, entry: Entry
+) -> None:
+    """One small batch of an engine from the cache: it was proven when it was built, but not with these packages."""
+    parity = measure_parity(stage, runner, rows=(min(usual_rows(stage)),), precision=precision)
+    if parity.fault is not None:
+        settings.cache.drop(entry, parity.fault)
+        raise Refused(
+            f"{stage.name}: {backend} from the cache differs from eager ({parity.fault}); it was dropped", parity
+        )
+
+
+def _parity(details: Mapping[str, Any]) -> Parity | None:
+    found = details.get("parity")
+    return None if found is None else Parity(**{**found, "rows": tuple(found["rows"])})

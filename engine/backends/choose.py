@@ -1,0 +1,197 @@
+"""``engine=auto``: the fastest engine that is installed and proves equal, by a short trial that pays for itself.
+
+What a trial found is remembered in the cache, what was taken is frozen into the run. The rule: a trial may spend a
+tenth of the time that the run would take in eager mode, so that a short run is eager at once and a long one loses a
+tenth at worst. Precision is never chosen: it is what the recipe says.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdfkd.engine.backends.build import Backend, Make, Settings, build, engine_identity, graph_precision
+from diffdfkd.engine.backends.serve import Subject, run_settings
+from diffdfkd.engine.combinations import guided_steps, round_samples
+from diffdfkd.engine.engine_stages import Stage
+from diffdfkd.engine.recipe import Recipe
+from diffdfkd.engine.runner import NoEngine, Runner
+
+SHARE = 0.1
+"""Of the run's time in eager mode that a trial may spend."""
+FEW_CALLS = 60
+"""Below so many calls of a stage nothing is tried: looking at eager alone would cost more than is to be gained."""
+GAIN = 1.05
+"""How much faster than eager an engine must be to be taken: less is noise."""
+REPETITIONS = 3
+
+MODULES: Mapping[Backend, str] = {
+    "compiled": "torch",
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx",
+}
+SECONDS: Mapping[Backend, float] = {
+    "eager": 0,
+    "onnxruntime": 40,
+    "openvino": 45,
+    "compiled": 60,
+    "tensorrt": 120,
+    "tensorrt-rtx": 60,
+}
+"""What to expect of a build that is not in the cache, from the demo on two cores (docs/engines.md); a guess."""
+LARGE = 50_000_000
+"""Parameters from which on a build is expected to take longer in proportion."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was taken for a stage, and why."""
+
+    stage: str
+    engine: Backend
+    reason: str
+    tried: Mapping[str, str]
+    """What became of each engine, in words."""
+
+
+def settle_engines(recipe: Recipe, subject: Callable[[], Subject]) -> tuple[Recipe, list[Choice]]:
+    """The recipe with an engine in the place of each ``auto``; ``subject`` is asked only where something is tried."""
+    calls = stage_calls(recipe)
+    choices = []
+    for stage, count in calls.items():
+        if getattr(recipe.engine, stage) != "auto":
+            continue
+        if stage == "unet" and recipe.guidance.mode in ("exact", "reuse"):
+            choices.append(
+                Choice(stage, "eager", f"guidance.mode={recipe.guidance.mode} takes gradients through it", {})
+            )
+        elif count < FEW_CALLS:
+            choices.append(Choice(stage, "eager", f"{count} calls are too few for a trial", {}))
+        else:
+            choices.append(choose(stage, count, subject(), run_settings(recipe)))
+    chosen = {choice.stage: choice.engine for choice in choices}
+    if recipe.guidance.mode == "none" and recipe.engine.chain == "auto":
+        chosen["chain"] = "eager"
+    engine = recipe.engine.model_copy(update=chosen)
+    return recipe.model_copy(update={"engine": engine}), choices
+
+
+def stage_calls(recipe: Recipe) -> dict[str, int]:
+    """How often the run calls each stage."""
+    synthesis = recipe.synthesis
+    batches = sum(-(-round_samples(recipe, round) // synthesis.batch_size) for round in range(recipe.rounds))
+    guided = sum(guided_steps(recipe.guidance, synthesis.steps))
+    calls = {"unet": batches * synthesis.steps}
+    if guided:
+        calls["chain"] = batches * guided
+    return calls
+
+
+def choose(stage_name: str, calls: int, subject: Subject, settings: Settings) -> Choice:
+    """The fastest engine for so many calls of a stage."""
+    make, precision = subject.make(stage_name), subject.precision
+    plain = make(graph_precision("eager", precision))
+    inputs = plain.examples(plain.specification.rows, 0)
+    eager = build(make, "eager", precision, settings).runner
+    eager_seconds = _seconds([eager], inputs)[0]
+    budget = SHARE * calls * eager_seconds
+    found: dict[Backend, float] = {"eager": eager_seconds}
+    tried = {"eager": _milliseconds(eager_seconds)}
+    for backend in candidates(plain.device):
+        reason, seconds, spent = _try(make, backend, precision, settings, eager, inputs, eager_seconds, budget)
+        budget -= spent
+        tried[backend] = reason
+        if seconds is not None:
+            found[backend] = seconds
+    best = min(found, key=lambda backend: found[backend])
+    if found["eager"] < GAIN * found[best]:
+        best = "eager"
+    words = ", ".join(f"{backend} {what}" for backend, what in tried.items())
+    return Choice(stage_name, best, words, tried)
+
+
+def candidates(device: torch.device) -> Sequence[Backend]:
+    """Engines for a device that might be installed, the cheapest to build first."""
+    if device.type == "cuda":
+        return ("compiled", "onnxruntime", "tensorrt-rtx", "tensorrt")
+    return ("onnxruntime", "openvino", "compiled")
+
+
+def _try(
+    make: Make,
+    backend: Backend,
+    precision: torch.dtype,
+    settings: Settings,
+    eager: Runner,
+    inputs: Sequence[Tensor],
+    eager_seconds: float,
+    budget: float,
+) -> tuple[str, float | None, float]:
+    """(what became of it, seconds of a call if it can be used, seconds that finding out took)."""
+    if find_spec(MODULES[backend]) is None:
+        return "not installed", None, 0.0
+    stage = make(graph_precision(backend, precision))
+    identity = {**engine_identity(stage, backend, precision, settings), "threads": settings.threads}
+    before = settings.cache.find("trial", {**identity, "engine": backend})
+    if before is not None:
+        return _remembered(before.details, eager_seconds)
+    built = settings.cache.find(backend, engine_identity(stage, backend, precision, settings)) is not None
+    expected = (0.0 if built else SECONDS[backend] * _scale(stage, eager_seconds)) + 6 * eager_seconds
+    if expected > budget:
+        return f"left out (a trial of about {expected:.0f} s would not pay)", None, 0.0
+    started = time.perf_counter()
+    log.info("engine=auto: trying %s for the %s", backend, stage.name)
+    details: dict[str, Any]
+    try:
+        runner = build(make, backend, precision, settings).runner
+        try:
+            ours, theirs = _seconds([eager, runner], inputs)
+        finally:
+            runner.close()
+        details = {"ratio": theirs / ours}
+    except NoEngine as reason:
+        details = {"fault": str(reason)}
+    spent = time.perf_counter() - started
+    settings.cache.obtain("trial", {**identity, "engine": backend}, lambda folder: details)
+    what, seconds, _ = _remembered(details, eager_seconds)
+    return what, seconds, spent
+
+
+def _remembered(details: Mapping[str, Any], eager_seconds: float) -> tuple[str, float | None, float]:
+    if "fault" in details:
+        return f"refused ({details['fault']})", None, 0.0
+    seconds = details["ratio"] * eager_seconds
+    return _milliseconds(seconds), seconds, 0.0
+
+
+def _scale(stage: Stage, eager_seconds: float) -> float:
+    """How much longer than the demo's a build is expected to take, by the size of what a call computes."""
+    return max(1.0, eager_seconds / 2)
+
+
+def _seconds(runners: Sequence[Runner], inputs: Sequence[Tensor]) -> list[float]:
+    """Median seconds of a call of each, interleaved, after one that warms up."""
+    spent: list[list[float]] = [[] for _ in runners]
+    for repetition in range(REPETITIONS + 1):
+        for runner, times in zip(runners, spent, strict=True):
+            started = time.perf_counter()
+            outputs = runner(*inputs)
+            if outputs[0].is_cuda:
+                torch.cuda.synchronize(outputs[0].device)
+            if repetition:
+                times.append(time.perf_counter() - started)
+    return [statistics.median(times) for times in spent]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"

@@ -1,0 +1,49 @@
+"""Torch's Inductor, ahead of time: the traced stage as a package of machine code that loads in a moment."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdfkd.engine.engine_stages import Stage
+from diffdfkd.engine.onnx_files import deepest_line, silent
+from diffdfkd.engine.runner import NoEngine, Runner
+from diffdfkd.engine.specification import Specification
+from diffdfkd.engine.trace import trace
+
+PACKAGE = "model.pt2"
+
+
+def compile_stage(stage: Stage, folder: Path) -> Mapping[str, Any]:
+    """Write ``folder/model.pt2``; raises NoEngine where tracer or compiler refuse the stage."""
+    from torch._inductor import aoti_compile_and_package
+
+    settings: dict[str, Any] = {"freezing": True} if stage.device.type == "cpu" else {}
+    try:
+        with silent(), torch.no_grad():
+            program, _ = trace(stage)
+            with torch._inductor.config.patch(settings):
+                aoti_compile_and_package(program, package_path=str(folder / PACKAGE))
+    # Whatever a network's own code, the tracer, Inductor or the C++ compiler raise: the reason is handed on.
+    except Exception as error:
+        raise NoEngine(f"{stage.name}: torch's compiler refuses it: {deepest_line(error)}") from error
+    return {"specification": stage.specification.describe()}
+
+
+class CompiledRunner(Runner):
+    """A compiled stage; its outputs are made anew with each call."""
+
+    engine = "compiled"
+
+    def __init__(self, package: Path, specification: Specification, device: torch.device) -> None:
+        super().__init__(specification, device)
+        try:
+            self._call = torch._inductor.aoti_load_package(str(package))
+        except Exception as error:
+            raise NoEngine(f"{package}: cannot be loaded: {deepest_line(error)}") from None
+
+    def run(self, rows: int) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = tuple(self._call(*self.views(rows)))
+        return outputs

@@ -1,0 +1,89 @@
+"""OpenVINO: the exported float32 graph on the CPU, in a precision that is said and never guessed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffdfkd.engine.onnx_files import deepest_line
+from diffdfkd.engine.runner import NoEngine, Runner
+from diffdfkd.engine.specification import Specification
+
+PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class OpenVinoRunner(Runner):
+    """An exported stage under OpenVINO; inputs and outputs are read and written where they lie."""
+
+    engine = "openvino"
+
+    def __init__(
+        self,
+        model: Path,
+        specification: Specification,
+        device: torch.device,
+        threads: int | None,
+        precision: torch.dtype,
+    ) -> None:
+        super().__init__(specification, device)
+        openvino = load_openvino(device)
+        if precision not in PRECISIONS:
+            raise NoEngine(f"OpenVINO computes in float32 or bfloat16 on a CPU; {precision} was asked for")
+        core = openvino.Core()
+        settings = {
+            # Left out, it would take bfloat16 by itself wherever the processor has it.
+            "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
+            "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,
+        }
+        try:
+            graph = core.read_model(str(model))
+            names = [port.any_name for port in (*graph.inputs, *graph.outputs)]
+            wanted = [port.name for port in (*specification.inputs, *specification.outputs)]
+            if names != wanted:
+                raise NoEngine(f"{model}: a graph of {', '.join(names)}; {', '.join(wanted)} expected")
+            self._compiled = core.compile_model(graph, "CPU", settings)
+        except RuntimeError as error:
+            raise NoEngine(f"{model}: OpenVINO refuses it: {deepest_line(error)}") from None
+        self._openvino = openvino
+        self._outputs = {
+            port.name: torch.empty(port.shape_at(specification.range[2]), dtype=port.dtype, device=device)
+            for port in specification.outputs
+        }
+        self._requests: dict[int, tuple[Any, tuple[Tensor, ...]]] = {}
+
+    def run(self, rows: int) -> tuple[Tensor, ...]:
+        if rows not in self._requests:
+            self._requests[rows] = self._request(rows)
+        request, outputs = self._requests[rows]
+        request.infer()
+        return outputs
+
+    def _request(self, rows: int) -> tuple[Any, tuple[Tensor, ...]]:
+        request = self._compiled.create_infer_request()
+
+        def shared(tensor: Tensor) -> Any:
+            return self._openvino.Tensor(tensor.numpy(), shared_memory=True)
+
+        for index, value in enumerate(self.views(rows)):
+            request.set_input_tensor(index, shared(value))
+        outputs = []
+        for index, port in enumerate(self.specification.outputs):
+            buffer = self._outputs[port.name]
+            outputs.append(buffer[:rows] if port.batched else buffer)
+            request.set_output_tensor(index, shared(outputs[-1]))
+        return request, tuple(outputs)
+
+
+def load_openvino(device: torch.device) -> Any:
+    """The module; NoEngine with the cure where it is not there, or the device is none of its."""
+    if device.type != "cpu":
+        raise NoEngine(f"OpenVINO runs on the CPU here, and the device is {device.type}; take another engine")
+    try:
+        import openvino
+    except ImportError:
+        raise NoEngine('openvino is not installed; pip install "diffdfkd[openvino]"') from None
+    return openvino

@@ -1,0 +1,259 @@
+"""What a stage is traced with, so that its graph, gradients included, holds only what every engine has.
+
+ATen's core decompositions leave operators behind, above all backward ones, that ONNX or TensorRT lack. Here each is put
+into forward operators, from its textbook derivative. Gradients are those of activations: where a parameter's is asked
+for, the operator stays. Height and width are numbers; the batch may be a symbol.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey
+from torch._decomp import core_aten_decompositions
+from torch._decomp.decompositions import (
+    native_batch_norm_backward,
+    native_group_norm_backward,
+    upsample_compute_output_size,
+)
+from torch._ops import OpOverload
+
+from diffdfkd.engine.attention import ATTENTION
+from diffdfkd.engine.max_pooling import adaptive_max_pool, adaptive_max_pool_backward, max_pool_backward
+from diffdfkd.engine.separable import (
+    adaptive_average_pool,
+    adaptive_average_pool_backward,
+    average_pool,
+    average_pool_backward,
+    padding,
+    resizing,
+)
+from diffdfkd.kernels.launch import at_least_float32
+
+aten = torch.ops.aten
+
+RESIZING = (
+    "upsample_nearest2d",
+    "_upsample_nearest_exact2d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+)
+
+
+def decompositions() -> dict[OpOverload, Callable[..., Any]]:
+    """The table make_fx traces with: core ATen's, and ours in the place of those that leave what engines lack."""
+    table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
+    ours: dict[OpOverload, Callable[..., Any]] = {
+        aten.convolution_backward.default: convolution_backward,
+        aten.native_layer_norm.default: layer_norm,
+        aten.native_layer_norm_backward.default: layer_norm_backward,
+        aten.native_group_norm_backward.default: group_norm_backward,
+        aten.native_batch_norm_backward.default: batch_norm_backward,
+        aten.hardshrink_backward.default: shrink_backward,
+        aten.softshrink_backward.default: shrink_backward,
+        aten.max_pool2d_with_indices_backward.default: max_pool_backward,
+        aten.adaptive_max_pool2d.default: adaptive_max_pool,
+        aten.adaptive_max_pool2d_backward.default: adaptive_max_pool_backward,
+        aten.avg_pool2d.default: average_pool,
+        aten.avg_pool2d_backward.default: average_pool_backward,
+        aten._adaptive_avg_pool2d.default: adaptive_average_pool,
+        aten._adaptive_avg_pool2d_backward.default: adaptive_average_pool_backward,
+        aten.reflection_pad2d_backward.default: padding(aten.reflection_pad2d.default),
+        aten.replication_pad2d_backward.default: padding(aten.replication_pad2d.default),
+        aten.constant_pad_nd.default: constant_pad,
+        aten.slice_backward.default: slice_backward,
+        aten.select_backward.default: select_backward,
+        **ATTENTION,
+    }
+    # Every engine has these, and gathers in their place would be slow.
+    for kept in (aten.reflection_pad2d, aten.replication_pad2d):
+        table.pop(kept.default, None)
+    for name in RESIZING:
+        operator = getattr(aten, name).default
+        ours[operator], ours[getattr(aten, f"{name}_backward").default] = resizing(operator)
+    return table | ours
+
+
+@contextmanager
+def whole_resizing() -> Iterator[None]:
+    """For a symbolic trace, in which torch would spell resizing out in gathers before the table is asked."""
+    packets = [getattr(aten, name) for name in RESIZING]
+    before = {overload: overload.py_kernels.copy() for packet in packets for overload in (packet.default, packet.vec)}
+    keys = (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd)
+    try:
+        for packet in packets:
+            for key in keys:
+                packet.default.py_kernels.pop(key, None)
+                packet.vec.py_kernels[key] = partial(_resize, packet.default)
+            packet.default._dispatch_cache.clear()
+            packet.vec._dispatch_cache.clear()
+        yield
+    finally:
+        for overload, kernels in before.items():
+            overload.py_kernels.clear()
+            overload.py_kernels.update(kernels)
+            overload._dispatch_cache.clear()
+
+
+def _resize(operator: OpOverload, x: Tensor, size: Sequence[int] | None, *options: Any) -> Tensor:
+    """`options`: align_corners, where the operator has it, and the scales."""
+    *corners, scales = options
+    size = upsample_compute_output_size(x.shape, size, scales)
+    return operator(x, size, *corners, *(scales or ()))
+
+
+def convolution_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    wanted: Sequence[bool],
+) -> Any:
+    """Of x alone: the convolution of the other kind, with the same weight."""
+    if wanted[1] or wanted[2]:
+        return NotImplemented
+    kernel = weight.shape[2:]
+    none = [0] * len(kernel)
+    if transposed:
+        made = aten.convolution(gradient, weight, None, stride, padding, dilation, False, none, groups)
+        # Where output padding reaches a further place of the kernel, there is one more.
+        for dimension, size in enumerate(x.shape[2:], 2):
+            made = made if made.shape[dimension] == size else aten.slice(made, dimension, 0, size)
+        return made, None, None
+    places = zip(x.shape[2:], gradient.shape[2:], kernel, stride, padding, dilation, strict=True)
+    rest = [int(size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)) for size, out, k, s, p, d in places]
+    return aten.convolution(gradient, weight, None, stride, padding, dilation, True, rest, groups), None, None
+
+
+def layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, mean and 1/sqrt(variance + eps), each its own operators: TensorRT takes no norm of several outputs."""
+    dimensions = list(range(-len(shape), 0))
+    wide = at_least_float32(x)
+    mean = wide.mean(dimensions, keepdim=True)
+    centered = wide - mean
+    scale = torch.rsqrt((centered * centered).mean(dimensions, keepdim=True) + eps)
+    made = centered * scale
+    if weight is not None:
+        made = made * weight
+    if bias is not None:
+        made = made + bias
+    return made.to(x.dtype), mean, scale
+
+
+def layer_norm_backward(
+    gradient: Tensor,
+    x: Tensor,
+    shape: Sequence[int],
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    wanted: Sequence[bool],
+) -> Any:
+    """Of x alone: scale (g - mean(g) - n mean(g n)), g the gradient of the normalized n."""
+    if wanted[1] or wanted[2]:
+        return NotImplemented
+    dimensions = list(range(-len(shape), 0))
+    normal = (at_least_float32(x) - mean) * scale
+    inner = at_least_float32(gradient)
+    if weight is not None:
+        inner = inner * weight
+    shared = inner.mean(dimensions, keepdim=True)
+    along = (inner * normal).mean(dimensions, keepdim=True)
+    return (scale * (inner - shared - normal * along)).to(x.dtype), None, None
+
+
+def group_norm_backward(
+    gradient: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    batch: int,
+    channels: int,
+    positions: int,
+    groups: int,
+    wanted: Sequence[bool],
+) -> Any:
+    """Of x alone: core ATen's, in float32 at least."""
+    if wanted[1] or wanted[2]:
+        return NotImplemented
+    # Their derivation has the fewest passes over x, and the cancellations of torch's own kernel.
+    given = map(at_least_float32, (gradient, x, mean, scale))
+    made, _, _ = native_group_norm_backward(*given, weight, batch, channels, positions, groups, [True, False, False])
+    return made.to(x.dtype), None, None
+
+
+def batch_norm_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_variance: Tensor | None,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    training: bool,
+    eps: float,
+    wanted: Sequence[bool],
+) -> Any:
+    """Of x alone; with a batch's own statistics, as instance normalization has them, core ATen's."""
+    if wanted[1] or wanted[2]:
+        return NotImplemented
+    if training or running_variance is None:
+        return native_batch_norm_backward(
+            gradient, x, weight, running_mean, running_variance, mean, scale, training, eps, wanted
+        )
+    factor = torch.rsqrt(at_least_float32(running_variance) + eps)
+    if weight is not None:
+        factor = factor * weight
+    return (gradient * factor.reshape(-1, *[1] * (x.dim() - 2))).to(x.dtype), None, None
+
+
+def shrink_backward(gradient: Tensor, x: Tensor, threshold: float) -> Tensor:
+    """Of hard and of soft shrinkage."""
+    return torch.where(x.abs() > threshold, gradient, 0)
+
+
+def constant_pad(x: Tensor, pad: Sequence[int], value: float = 0) -> Tensor:
+    """Negative padding, which is cropping, apart from the rest: engines differ in it."""
+    if all(extent >= 0 for extent in pad):
+        return NotImplemented if any(pad) else x.clone()
+    for place, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
+        size = x.shape[-place]
+        if before < 0 or after < 0:
+            x = aten.slice(x, -place, max(0, -before), size - max(0, -after))
+    return aten.constant_pad_nd(x, [max(0, extent) for extent in pad], value)
+
+
+def slice_backward(gradient: Tensor, sizes: Sequence[int], dimension: int, start: int, end: int, step: int) -> Tensor:
+    """Zeros around, and between at a step above 1, in the place of a scatter."""
+    dimension %= len(sizes)
+    size, count = sizes[dimension], gradient.shape[dimension]
+    if count == size:
+        return gradient
+    inner = [0, 0] * (len(sizes) - 1 - dimension)
+    if step > 1:
+        spread = aten.constant_pad_nd(gradient.unsqueeze(dimension + 1), [*inner, 0, step - 1])
+        gradient = spread.reshape(*sizes[:dimension], count * step, *sizes[dimension + 1 :])
+    start = max(0, start + size) if start < 0 else start
+    return aten.constant_pad_nd(gradient, [*inner, start, size - start - count * step])
+
+
+def select_backward(gradient: Tensor, sizes: Sequence[int], dimension: int, index: int) -> Tensor:
+    """Zeros before and after."""
+    dimension %= len(sizes)
+    index = index + sizes[dimension] if index < 0 else index
+    return slice_backward(gradient.unsqueeze(dimension), sizes, dimension, index, index + 1, 1)

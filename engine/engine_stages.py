@@ -1,0 +1,351 @@
+"""The heavy parts of a run as stages for engines: pure tensor functions of one precision, each with its specification.
+
+`engine/stages.py` says what UNet, decoder and guidance chain compute. Here each becomes a function of tensors alone,
+without autocast, hooks on foreign modules or weights that may change: what it needs of the networks is copied in the
+stage's precision. Interfaces stay float32; inside, networks compute in ``precision``, moments and losses in float32.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from diffdfkd.engine.classifier import Classifier, Preprocessing
+from diffdfkd.engine.plan import lasting, weights_digest
+from diffdfkd.engine.prior import Prior, quiet
+from diffdfkd.engine.recipe import GuidanceRecipe
+from diffdfkd.engine.specification import Port, Specification
+from diffdfkd.engine.stages import (
+    chain_specification,
+    dense,
+    guidance_chain,
+    guidance_embedding,
+    unet_specification,
+)
+from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.kernels.launch import at_least_float32
+from diffdfkd.kernels.philox import EXAMPLES, philox_normal, philox_uniform
+
+StageName = Literal["unet", "chain", "vjp", "decoder"]
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+class Batches(NamedTuple):
+    """Images that an engine takes at once; None: the usual number alone."""
+
+    usual: int
+    least: int | None = None
+    most: int | None = None
+
+    def rows(self, copies: int) -> "Batches":
+        """The same in rows of a UNet that runs ``copies`` times an image."""
+        least, most = (None if bound is None else bound * copies for bound in (self.least, self.most))
+        return Batches(self.usual * copies, least, most)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A pure function of tensors that an engine may compute, and all that is known of it."""
+
+    specification: Specification
+    precision: torch.dtype
+    make: Callable[[torch.dtype], Function]
+    """The function in a precision; each may hold a copy of the networks, so it is made when it is wanted, and once."""
+    digest: str
+    """SHA-256 of weights and settings: all that the function depends on besides its inputs."""
+    examples: Callable[[int, int], tuple[Tensor, ...]]
+    """Inputs for a number of rows and a seed, as a run has them: parity is measured on them."""
+    gradients: tuple[str, ...] = ()
+    """Outputs that rounding moves by whole entries where a network has kinks: they are judged by cosine too."""
+
+    @property
+    def function(self) -> Function:
+        """In the order of the specification; no autograd is needed around it."""
+        return self.make(self.precision)
+
+    @property
+    def reference(self) -> Function:
+        """The same in float32, in eager mode: what engines are compared with."""
+        return self.make(torch.float32)
+
+    @property
+    def name(self) -> str:
+        return self.specification.name
+
+    @property
+    def device(self) -> torch.device:
+        return self.examples(1, 0)[0].device
+
+
+def ranged(specification: Specification, batches: Batches) -> Specification:
+    """The specification with a range of batches."""
+    return Specification(specification.name, specification.inputs, specification.outputs, batches.least, batches.most)
+
+
+def unet_engine_stage(
+    prior: Prior, batches: Batches, context: Tensor, precision: torch.dtype, guidance_scale: float = 1.0
+) -> Stage:
+    """The UNet: sample [N, c, h, w], timestep [N], context [N, T, D] -> prediction [N, c, h, w].
+
+    ``batches`` are in rows. ``context`` [n, T, D] are prompt embeddings of the run, for the examples.
+    """
+    specification = ranged(unet_specification(prior.latent_shape, batches.usual, *context.shape[1:]), batches)
+
+    def made(dtype: torch.dtype) -> Function:
+        return _unet_function(prior, dtype, guidance_scale)
+
+    def examples(rows: int, seed: int) -> tuple[Tensor, ...]:
+        sample, timestep, embedding = _unet_inputs(prior, rows, seed, context)
+        return sample, timestep, embedding
+
+    return Stage(
+        specification,
+        precision,
+        functools.cache(made),
+        _unet_digest(prior, "unet", precision, guidance_scale),
+        examples,
+    )
+
+
+def vjp_engine_stage(
+    prior: Prior, batches: Batches, context: Tensor, precision: torch.dtype, guidance_scale: float = 1.0
+) -> Stage:
+    """The UNet and the product of its Jacobian, transposed, with a cotangent [N, c, h, w], in one forward-only graph.
+
+    (sample, timestep, context, cotangent) -> (prediction, by_sample), by_sample [N, c, h, w] the derivative of
+    (prediction, cotangent) with respect to the sample.
+    """
+    plain = unet_specification(prior.latent_shape, batches.usual, *context.shape[1:])
+    latents = plain.inputs[0].shape
+    specification = Specification(
+        "vjp",
+        (*plain.inputs, Port("cotangent", latents, torch.float32)),
+        (*plain.outputs, Port("by_sample", latents, torch.float32)),
+        batches.least,
+        batches.most,
+    )
+
+    def made(dtype: torch.dtype) -> Function:
+        unet = _unet_function(prior, dtype, guidance_scale)
+
+        def vjp(sample: Tensor, timestep: Tensor, context: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                leaf = sample.detach().requires_grad_()
+                (output,) = unet(leaf, timestep, context)
+                (by_sample,) = torch.autograd.grad(output, leaf, cotangent)
+            return output.detach(), dense(by_sample)
+
+        return vjp
+
+    def examples(rows: int, seed: int) -> tuple[Tensor, ...]:
+        inputs = _unet_inputs(prior, rows, seed, context)
+        return *inputs, _noise(prior, rows, seed + 1)
+
+    return Stage(
+        specification,
+        precision,
+        functools.cache(made),
+        _unet_digest(prior, "vjp", precision, guidance_scale),
+        examples,
+        gradients=("by_sample",),
+    )
+
+
+def decoder_engine_stage(prior: Prior, batches: Batches, precision: torch.dtype) -> Stage:
+    """The VAE's decoder: latents [B, c, h, w] -> images [B, C, H, W] in [0, 1]."""
+    specification = Specification(
+        "decoder",
+        (Port("latents", (batches.usual, *prior.latent_shape), torch.float32),),
+        (Port("images", (batches.usual, prior.channels, *prior.image_size), torch.float32),),
+        batches.least,
+        batches.most,
+    )
+
+    def made(dtype: torch.dtype) -> Function:
+        decode = decoder(prior, dtype)
+        return lambda latents: (dense(at_least_float32(decode(latents))),)
+
+    return Stage(
+        specification,
+        precision,
+        functools.cache(made),
+        weights_digest([prior.vae], "decoder", precision, *_decoder_settings(prior)),
+        lambda rows, seed: (_noise(prior, rows, seed),),
+    )
+
+
+def chain_engine_stage(
+    prior: Prior,
+    teacher: Classifier,
+    weights: GuidanceRecipe,
+    batches: Batches,
+    precision: torch.dtype,
+    student: Classifier | None = None,
+) -> Stage:
+    """The guidance chain: (x0, targets, alive) -> (gradient, norm, finite, losses), its gradient traced into it.
+
+    With a student its weights are inputs of the graph, by the names of `student_weights`: a new snapshot of the
+    student needs no new engine, and its values enter no digest.
+    """
+    classes = len(teacher.classes)
+    plain = chain_specification(prior.latent_shape, batches.usual, classes)
+    given = student_weights(student) if student is not None and weights.adversarial_weight > 0 else {}
+    ports = tuple(
+        Port(f"student_{index}", tuple(value.shape), torch.float32, batched=False)
+        for index, value in enumerate(given.values())
+    )
+    specification = Specification("chain", (*plain.inputs, *ports), plain.outputs, batches.least, batches.most)
+    terms = {
+        "class_weight": weights.class_weight,
+        "batchnorm_weight": weights.batchnorm_weight,
+        "adversarial_weight": weights.adversarial_weight if given else 0.0,
+    }
+
+    def made(dtype: torch.dtype) -> Function:
+        pupil = _Answering(student, dtype, list(given)) if given and student is not None else None
+        master = _Lowered(teacher, dtype)
+        # The hooks stay for as long as the copy that they sit on.
+        taps = BatchNormTaps(master.model) if weights.batchnorm_weight > 0 else None
+        chain = guidance_chain(decoder(prior, dtype), master, taps, weights, pupil, kernel="reference")
+
+        def function(x0: Tensor, targets: Tensor, alive: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+            if pupil is not None:
+                pupil.given = dict(zip(given, values, strict=True))
+            return tuple(chain(x0, targets, alive))
+
+        return function
+
+    def examples(rows: int, seed: int) -> tuple[Tensor, ...]:
+        x0 = _noise(prior, rows, seed)
+        labels = torch.arange(seed, seed + rows, device=x0.device) % classes
+        targets = torch.nn.functional.one_hot(labels, classes).float()
+        # Soft labels, and samples that have dropped out, belong to a run.
+        targets[1::3] = 0.7 * targets[1::3] + 0.3 * targets.roll(1, 0)[1::3]
+        alive = torch.ones(rows, dtype=torch.bool, device=x0.device)
+        alive[4::7] = False
+        return x0, targets, alive, *given.values()
+
+    return Stage(
+        specification,
+        precision,
+        functools.cache(made),
+        weights_digest(
+            [prior.vae, teacher],
+            *("chain", precision, *_decoder_settings(prior), teacher.model, teacher.preprocessing, terms),
+            # Of the student its architecture alone: the names and shapes of what it is given.
+            [(name, list(value.shape)) for name, value in given.items()],
+            repr(student.model) if given and student is not None else None,
+        ),
+        examples,
+        gradients=("gradient", "norm"),
+    )
+
+
+def student_weights(student: Classifier) -> dict[str, Tensor]:
+    """Parameters and float buffers of the student's network, by name: the last inputs of a chain that knows one."""
+    return {
+        name: value.detach().float() for name, value in student.model.state_dict().items() if value.is_floating_point()
+    }
+
+
+def decoder(prior: Prior, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """`Prior.decode` in a precision, on a copy of the VAE where its own is another; differentiable."""
+    lowered = copy.copy(prior)
+    lowered.vae = _in(prior.vae, dtype)
+
+    def decode(latents: Tensor) -> Tensor:
+        return lowered.decode(latents.contiguous(memory_format=torch.channels_last))
+
+    return decode
+
+
+def _unet_function(prior: Prior, dtype: torch.dtype, guidance_scale: float) -> Function:
+    unet: Any = _in(prior.unet, dtype)
+    told = None
+    if prior.guidance_width is not None:
+        told = guidance_embedding(guidance_scale, prior.guidance_width).to(_device(prior.unet), dtype)
+
+    def function(sample: Tensor, timestep: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        sample = sample.to(dtype).contiguous(memory_format=torch.channels_last)
+        condition = None if told is None else told.expand(len(sample), -1)
+        output = unet(
+            sample, timestep, encoder_hidden_states=context.to(dtype), timestep_cond=condition, return_dict=False
+        )[0]
+        return (dense(at_least_float32(output)),)
+
+    return function
+
+
+class _Lowered(nn.Module):
+    """A classifier whose network computes in ``dtype`` on a copy of its own; its preprocessing stays float32."""
+
+    def __init__(self, classifier: Classifier, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(classifier.model).to(dtype=dtype).eval().requires_grad_(False)
+        self.preprocessing: Preprocessing = classifier.preprocessing
+        self.dtype = dtype
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(self.preprocessing(images).to(self.dtype))
+
+
+class _Answering(nn.Module):
+    """A classifier whose weights are handed to it with each call, by way of ``given``."""
+
+    def __init__(self, classifier: Classifier, dtype: torch.dtype, names: Sequence[str]) -> None:
+        super().__init__()
+        lowered = _Lowered(classifier, dtype)
+        self._call = [lowered]  # in a list, so that its own weights are no part of this module
+        self.dtype, self.names = dtype, names
+        self.given: dict[str, Tensor] = {}
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        (lowered,) = self._call
+        weights = {name: value.to(self.dtype) for name, value in self.given.items()}
+        return functional_call(lowered.model, weights, (lowered.preprocessing(images).to(self.dtype),))
+
+
+def _in(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network in a dtype: itself, or a frozen copy."""
+    parameter = next(network.parameters())
+    if parameter.dtype == dtype:
+        return network
+    with quiet():
+        lowered: nn.Module = copy.deepcopy(network).to(dtype)
+    return lowered.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def _unet_digest(prior: Prior, name: StageName, precision: torch.dtype, guidance_scale: float) -> str:
+    unet: Any = prior.unet
+    return weights_digest(
+        [unet], name, precision, guidance_scale if prior.guidance_width is not None else None, lasting(unet.config)
+    )
+
+
+def _decoder_settings(prior: Prior) -> tuple[Any, ...]:
+    vae: Any = prior.vae
+    return prior.scaling_factor, prior.shift_factor, lasting(vae.config)
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
+
+
+def _noise(prior: Prior, rows: int, seed: int) -> Tensor:
+    ids = torch.arange(rows, device=_device(prior.unet))
+    return philox_normal(seed, ids, 0, EXAMPLES, prior.latent_shape)
+
+
+def _unet_inputs(prior: Prior, rows: int, seed: int, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timesteps spread over all of the schedule, and prompts in turn."""
+    last = prior.scheduler_config.get("num_train_timesteps", 1000) - 1
+    ids = torch.arange(rows, device=context.device)
+    timestep = (philox_uniform(seed, ids, 1, EXAMPLES, 1)[:, 0] * last).round()
+    return _noise(prior, rows, seed), timestep.float(), context[(ids + seed) % len(context)].float()
