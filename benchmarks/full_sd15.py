@@ -18,6 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from diffdfkd.benchmarks.conditions import peak_memory
+
 LIMIT = 16 * 2**30
 """Bytes of memory that the step may take."""
 
@@ -182,14 +184,6 @@ def measure(dtype: str, teacher_size: int) -> dict[str, Any]:
         "peak_gib": round(peak_memory() / 2**30, 2),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
-
-
-def peak_memory() -> int:
-    """Most bytes that this process has held since it began; unlike getrusage's, without those of its parent."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM; this benchmark needs Linux")
 
 
 def main() -> None:

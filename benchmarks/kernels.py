@@ -18,15 +18,10 @@ bytes of their inputs and outputs, beside what has to move at least. A compiler 
 
 import argparse
 import json
-import os
-import platform
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +30,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from diffdfkd.benchmarks.conditions import QUANTILES, conditions
 from diffdfkd.kernels.advance import advance, advance_reference
 from diffdfkd.kernels.batchnorm_loss import batchnorm_loss, batchnorm_loss_reference
 from diffdfkd.kernels.kd_loss import kd_loss, kd_loss_reference
@@ -44,7 +40,6 @@ from diffdfkd.kernels.row import COLUMNS, start_counter
 from diffdfkd.kernels.step_inputs import Draw, Guidance, Mix, NextInput
 
 FORMS: tuple[str, ...] = ("triton", "reference", "compiled")
-QUANTILES = (0.1, 0.5, 0.9)
 CACHE = 256 * 2**20
 """Bytes written between repetitions on CUDA: more than any L2 cache holds."""
 AHEAD, FARTHEST = 2_000_000, 128_000_000
@@ -265,28 +260,6 @@ def _time(call: Callable[[], Any], device: torch.device) -> float:
         end.synchronize()
         cycles *= 2
     return start.elapsed_time(end) / 1e3
-
-
-def conditions(device: torch.device) -> dict[str, Any]:
-    """When, where and with what it was measured."""
-    from diffdfkd.recipes.machine import examine_processor
-    from diffdfkd.recipes.run_folder import versions
-
-    commit = None
-    if shutil.which("git") is not None:
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "date": date.today().isoformat(),
-        "commit": commit or None,
-        "gpu": gpu,
-        "processor": examine_processor()["model"],
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "versions": versions(),
-    }
 
 
 class Counting(TorchDispatchMode):

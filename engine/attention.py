@@ -44,7 +44,8 @@ def attend_backward(
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """[B, h, m, k] and [B, h, k, n] -> [B, h, m, n]; matmul would be traced with an expansion of both."""
-    made = torch.bmm(left.reshape(-1, *left.shape[-2:]), right.reshape(-1, *right.shape[-2:]))
+    pairs = left.shape[0] * left.shape[1]
+    made = torch.bmm(left.reshape(pairs, *left.shape[2:]), right.reshape(pairs, *right.shape[2:]))
     return made.reshape(*left.shape[:-1], right.shape[-1])
 
 

@@ -8,21 +8,25 @@ for, the operator stays. Height and width are numbers; the batch may be a symbol
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._decomp import core_aten_decompositions
-from torch._decomp.decompositions import (
-    native_batch_norm_backward,
-    native_group_norm_backward,
-    upsample_compute_output_size,
-)
+from torch._decomp.decompositions import upsample_compute_output_size
 from torch._ops import OpOverload
 
 from diffdfkd.engine.attention import ATTENTION
 from diffdfkd.engine.max_pooling import adaptive_max_pool, adaptive_max_pool_backward, max_pool_backward
+from diffdfkd.engine.normalization import (
+    batch_norm,
+    batch_norm_backward,
+    group_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+)
 from diffdfkd.engine.separable import (
     adaptive_average_pool,
     adaptive_average_pool_backward,
@@ -31,7 +35,6 @@ from diffdfkd.engine.separable import (
     padding,
     resizing,
 )
-from diffdfkd.kernels.launch import at_least_float32
 
 aten = torch.ops.aten
 
@@ -53,6 +56,7 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
         aten.native_layer_norm.default: layer_norm,
         aten.native_layer_norm_backward.default: layer_norm_backward,
         aten.native_group_norm_backward.default: group_norm_backward,
+        aten.native_batch_norm.default: batch_norm,
         aten.native_batch_norm_backward.default: batch_norm_backward,
         aten.hardshrink_backward.default: shrink_backward,
         aten.softshrink_backward.default: shrink_backward,
@@ -65,6 +69,8 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
         aten._adaptive_avg_pool2d_backward.default: adaptive_average_pool_backward,
         aten.reflection_pad2d_backward.default: padding(aten.reflection_pad2d.default),
         aten.replication_pad2d_backward.default: padding(aten.replication_pad2d.default),
+        aten.as_strided.default: as_strided,
+        aten.as_strided_.default: restride,
         aten.constant_pad_nd.default: constant_pad,
         aten.slice_backward.default: slice_backward,
         aten.select_backward.default: select_backward,
@@ -136,90 +142,26 @@ def convolution_backward(
     return aten.convolution(gradient, weight, None, stride, padding, dilation, True, rest, groups), None, None
 
 
-def layer_norm(
-    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, mean and 1/sqrt(variance + eps), each its own operators: TensorRT takes no norm of several outputs."""
-    dimensions = list(range(-len(shape), 0))
-    wide = at_least_float32(x)
-    mean = wide.mean(dimensions, keepdim=True)
-    centered = wide - mean
-    scale = torch.rsqrt((centered * centered).mean(dimensions, keepdim=True) + eps)
-    made = centered * scale
-    if weight is not None:
-        made = made * weight
-    if bias is not None:
-        made = made + bias
-    return made.to(x.dtype), mean, scale
+def as_strided(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Any:
+    """A tensor's own elements in their own order, which is all that pooling to one pixel wants of it."""
+    if _as_it_is(x, size, stride, offset):
+        return aten.alias(x)
+    dense = [prod(size[place + 1 :]) for place in range(len(size))]
+    if not offset and x.is_contiguous() and x.numel() == prod(size) and [*stride] == dense:
+        return x.view(size)
+    return NotImplemented
 
 
-def layer_norm_backward(
-    gradient: Tensor,
-    x: Tensor,
-    shape: Sequence[int],
-    mean: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    wanted: Sequence[bool],
-) -> Any:
-    """Of x alone: scale (g - mean(g) - n mean(g n)), g the gradient of the normalized n."""
-    if wanted[1] or wanted[2]:
-        return NotImplemented
-    dimensions = list(range(-len(shape), 0))
-    normal = (at_least_float32(x) - mean) * scale
-    inner = at_least_float32(gradient)
-    if weight is not None:
-        inner = inner * weight
-    shared = inner.mean(dimensions, keepdim=True)
-    along = (inner * normal).mean(dimensions, keepdim=True)
-    return (scale * (inner - shared - normal * along)).to(x.dtype), None, None
+def restride(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Any:
+    """The same in place."""
+    return x if _as_it_is(x, size, stride, offset) else NotImplemented
 
 
-def group_norm_backward(
-    gradient: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    batch: int,
-    channels: int,
-    positions: int,
-    groups: int,
-    wanted: Sequence[bool],
-) -> Any:
-    """Of x alone: core ATen's, in float32 at least."""
-    if wanted[1] or wanted[2]:
-        return NotImplemented
-    # Their derivation has the fewest passes over x, and the cancellations of torch's own kernel.
-    given = map(at_least_float32, (gradient, x, mean, scale))
-    made, _, _ = native_group_norm_backward(*given, weight, batch, channels, positions, groups, [True, False, False])
-    return made.to(x.dtype), None, None
-
-
-def batch_norm_backward(
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    running_mean: Tensor | None,
-    running_variance: Tensor | None,
-    mean: Tensor | None,
-    scale: Tensor | None,
-    training: bool,
-    eps: float,
-    wanted: Sequence[bool],
-) -> Any:
-    """Of x alone; with a batch's own statistics, as instance normalization has them, core ATen's."""
-    if wanted[1] or wanted[2]:
-        return NotImplemented
-    if training or running_variance is None:
-        return native_batch_norm_backward(
-            gradient, x, weight, running_mean, running_variance, mean, scale, training, eps, wanted
-        )
-    factor = torch.rsqrt(at_least_float32(running_variance) + eps)
-    if weight is not None:
-        factor = factor * weight
-    return (gradient * factor.reshape(-1, *[1] * (x.dim() - 2))).to(x.dtype), None, None
+def _as_it_is(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None) -> bool:
+    """Whether strides like these change nothing: those of single places may be any."""
+    if tuple(size) != tuple(x.shape) or offset not in (None, x.storage_offset()):
+        return False
+    return all(n == 1 or new == old for n, new, old in zip(size, stride, x.stride(), strict=True))
 
 
 def shrink_backward(gradient: Tensor, x: Tensor, threshold: float) -> Tensor:

@@ -1,10 +1,12 @@
 """From sample ids and classes to images in bytes: one batch of the guided sampler, decoded, resized and encoded."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from PIL import Image
@@ -29,7 +31,7 @@ from diffdfkd.engine.plan import SAMPLES_PER_ROUND, ShardPlan, class_labels, las
 from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.engine.runner import Runner
-from diffdfkd.engine.sampler import sample
+from diffdfkd.engine.sampler import Trajectory, sample
 from diffdfkd.engine.schedule import make_table
 from diffdfkd.engine.shards import Sample
 from diffdfkd.engine.stages import Chain, UNet, decode_stage, finite, guidance_chain, unet_stage
@@ -79,6 +81,17 @@ class Painting:
     plan: CutMixPlan
 
 
+class Batch(NamedTuple):
+    """Denoised samples of a shard."""
+
+    ids: Tensor
+    """[B] int64."""
+    labels: Tensor
+    """[B] int64."""
+    finish: Callable[[], Painting]
+    """Decodes them; to be called once."""
+
+
 class Painter:
     """What all batches of a round share: prompt embeddings, coefficient table, stages. A context manager.
 
@@ -105,6 +118,7 @@ class Painter:
         self.chain: Chain | None = None
         self.vjp: EngineVjp | None = None
         self.runners: list[Runner] = []
+        self._second: Any = None
         student = models.student if uses_student(recipe, round) else None
         subject = Subject(recipe, models.prior, models.teacher, self.context, student)
         if not serves_itself(recipe, recipe.engine.unet):
@@ -142,10 +156,48 @@ class Painter:
 
         Raises UserError where the batch does not fit into memory.
         """
-        with fitting("synthesis.batch_size", f"a batch of {len(ids):,} images on the {self.device.type}", SMALLER):
-            return self._paint(ids, classes, guided, mixed)
+        return self.begin(ids, classes, guided=guided, mixed=mixed)()
 
-    def _paint(self, ids: Tensor, classes: Tensor, guided: bool, mixed: bool) -> Painting:
+    def begin(self, ids: Tensor, classes: Tensor, *, guided: bool = True, mixed: bool = True) -> Callable[[], Painting]:
+        """The same as far as the finished latents, and a function that decodes them, for any thread to call once.
+
+        On CUDA nothing is waited for before that call, which decodes on a stream of its own.
+        """
+        with self._fitting(ids):
+            plan, trajectory = self._denoise(ids, classes, guided, mixed)
+        ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+
+        def finish() -> Painting:
+            with self._fitting(ids), self._beside(ready):
+                images, whole = self._finish(trajectory.latents)
+                return Painting(
+                    images=images,
+                    alive=trajectory.alive.cpu() & whole,
+                    targets=trajectory.targets.cpu(),
+                    losses=trajectory.losses.cpu(),
+                    latents=trajectory.latents.square().mean((1, 2, 3)).sqrt().cpu(),
+                    plan=plan,
+                )
+
+        return finish
+
+    def _fitting(self, ids: Tensor) -> AbstractContextManager[None]:
+        return fitting("synthesis.batch_size", f"a batch of {len(ids):,} images on the {self.device.type}", SMALLER)
+
+    @contextmanager
+    def _beside(self, ready: Any) -> Iterator[None]:
+        """On CUDA a second stream, from the event on."""
+        if ready is None:
+            yield
+            return
+        if self._second is None:
+            self._second = torch.cuda.Stream(self.device)
+        self._second.wait_event(ready)
+        with torch.cuda.stream(self._second):
+            yield
+
+    @torch.no_grad()
+    def _denoise(self, ids: Tensor, classes: Tensor, guided: bool, mixed: bool) -> tuple[CutMixPlan, Trajectory]:
         recipe = self.recipe
         ids, classes = ids.to(self.device), classes.to(self.device)
         guidance, cutmix = recipe.guidance, recipe.cutmix
@@ -174,15 +226,7 @@ class Painter:
             kernel=recipe.kernel,
             vjp=self.vjp,
         )
-        images, whole = self._finish(trajectory.latents)
-        return Painting(
-            images=images,
-            alive=trajectory.alive.cpu() & whole,
-            targets=trajectory.targets.cpu(),
-            losses=trajectory.losses.cpu(),
-            latents=trajectory.latents.square().mean((1, 2, 3)).sqrt().cpu(),
-            plan=plan,
-        )
+        return plan, trajectory
 
     @torch.no_grad()
     def _finish(self, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,23 +245,32 @@ class Painter:
             finished.append((images.nan_to_num(0) * 255).round().clamp(0, 255).to(torch.uint8).cpu())
         return torch.cat(finished), torch.cat(whole).cpu()
 
-    def shard(self, plan: ShardPlan, painted: Callable[[Painting], None]) -> Iterator[Sample | None]:
-        """The shard's samples in order, None for a dropped one; ``painted`` is told of each batch."""
+    def batches(self, plan: ShardPlan) -> Iterator["Batch"]:
+        """The shard's batches in order, denoised one after the other as they are asked for."""
         synthesis, classes = self.recipe.synthesis, len(self.recipe.teacher.classes)
         end = plan.first + plan.samples
         for first in range(plan.first, end, synthesis.batch_size):
             count = min(synthesis.batch_size, end - first)
             ids = sample_ids(self.round, first, count)
             labels = class_labels(self.recipe.seed, self.round, first, count, classes)
-            painting = self.paint(ids, labels)
-            painted(painting)
-            for i, (id, label) in enumerate(zip(ids.tolist(), labels.tolist(), strict=True)):
-                if not painting.alive[i]:
-                    yield None
-                    continue
-                image = encode(painting.images[i], synthesis.format, synthesis.quality)
-                key = f"{self.round:03d}-{id % SAMPLES_PER_ROUND:08d}"
-                yield Sample(key, image, self._record(painting, i, id, label), synthesis.format)
+            finish = self.begin(ids, labels)
+            if self.device.type == "cpu":
+                # The cores are busy either way, and torch's threads are best woken by one.
+                painting = finish()
+                finish = functools.partial(_given, painting)
+            yield Batch(ids, labels, finish)
+
+    def samples(self, batch: "Batch", painted: Callable[[Painting], None]) -> Iterator[Sample | None]:
+        """A batch's encoded samples in order, None for a dropped one; ``painted`` is told of the batch first."""
+        synthesis, painting = self.recipe.synthesis, batch.finish()
+        painted(painting)
+        for i, (id, label) in enumerate(zip(batch.ids.tolist(), batch.labels.tolist(), strict=True)):
+            if not painting.alive[i]:
+                yield None
+                continue
+            image = encode(painting.images[i], synthesis.format, synthesis.quality)
+            key = f"{self.round:03d}-{id % SAMPLES_PER_ROUND:08d}"
+            yield Sample(key, image, self._record(painting, i, id, label), synthesis.format)
 
     def _record(self, painting: Painting, i: int, id: int, label: int) -> dict[str, Any]:
         record: dict[str, Any] = {
@@ -243,6 +296,10 @@ class Painter:
                 for parent in parents
             ]
         return record
+
+
+def _given(painting: Painting) -> Painting:
+    return painting
 
 
 def refuse_batch(prior: Prior, images: int) -> None:

@@ -7,7 +7,9 @@ shards that exist and make the others, and a kill costs the shard that was being
 import logging
 import time
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from diffdfkd.engine.plan import (
 from diffdfkd.engine.preview_file import read_preview
 from diffdfkd.engine.progress import progress_bar
 from diffdfkd.engine.recipe import Recipe
+from diffdfkd.engine.shard_writer import ShardWriter
 from diffdfkd.engine.shards import DamagedShard, Sidecar
 from diffdfkd.engine.signs import Observation
 
@@ -111,30 +114,45 @@ def synthesize(
             done=sum(plan.samples for plan in plans if plan.index in existing),
         )
         started = time.perf_counter()
-        with bar, Painter(recipe, models, round) as painter:
+
+        def record(shard: "_Shard") -> None:
+            """Wait until it is written, look at it and keep what is to be known of it."""
+            nonlocal lost, seconds, started
+            sidecar, losses, observation = shard.written.result(), shard.losses(), shard.observation
+            signs = observation.signs(observation.look()) if observation and sidecar.images else None
+            made.append(Count(sidecar.images, sidecar.dropped))
+            lost += sidecar.dropped
+            now = time.perf_counter()
+            journal.log(
+                "shard",
+                round=round,
+                shard=sidecar.index,
+                images=sidecar.images,
+                dropped=sidecar.dropped,
+                seconds=round_(now - started),
+                losses=losses,
+                signs=signs and asdict(signs),
+                digest=first_digest,
+            )
+            if signs is not None:
+                with tqdm.external_write_mode():
+                    watch.look(signs, losses, round=round, shard=sidecar.index)
+            seconds, started = seconds + now - started, now
+            _refuse_loss(recipe, lost)
+
+        with bar, Painter(recipe, models, round) as painter, ShardWriter() as writer:
+            before: _Shard | None = None
             for plan in missing:
-                observation = Observation(models.teacher, reference.images) if reference is not None else None
-                sidecar, losses = _make(painter, plan, folder, choices, bar, observation)
-                signs = observation.signs(observation.look()) if observation and sidecar.images else None
-                made.append(Count(sidecar.images, sidecar.dropped))
-                lost += sidecar.dropped
-                now = time.perf_counter()
-                journal.log(
-                    "shard",
-                    round=round,
-                    shard=plan.index,
-                    images=sidecar.images,
-                    dropped=sidecar.dropped,
-                    seconds=round_(now - started),
-                    losses=losses,
-                    signs=signs and asdict(signs),
-                    digest=first_digest,
-                )
-                if signs is not None:
-                    with tqdm.external_write_mode():
-                        watch.look(signs, losses, round=round, shard=plan.index)
-                seconds, started = seconds + now - started, now
-                _refuse_loss(recipe, lost)
+                shard = _Shard(Observation(models.teacher, reference.images) if reference is not None else None)
+                try:
+                    shard.make(painter, writer, plan, folder, choices, bar)
+                finally:
+                    # While the thread writes this one, the one before is looked at.
+                    if before is not None:
+                        record(before)
+                before = shard
+            if before is not None:
+                record(before)
     if fault := shards.damaged_line(root):
         log.warning("%s is written again: %s", root / shards.MANIFEST, fault)
     shards.write_manifest(root, rounds=round + 1)
@@ -177,33 +195,45 @@ def preview_signs(content: dict[str, Any] | None) -> tuple[Signs | None, Signs |
     return (Signs(**unguided) if unguided else None), (Signs(**guided) if guided else None)
 
 
-def _make(
-    painter: Painter,
-    plan: ShardPlan,
-    folder: Path,
-    choices: dict[str, Any],
-    bar: tqdm,
-    observation: Observation | None,
-) -> tuple[Sidecar, dict[str, dict[str, float] | None]]:
-    """Write one shard; its sidecar and the mean losses of the first and last guided step over its batches."""
-    losses: list[Tensor] = []
+class _Shard:
+    """A shard on its way to the disk, and what is noted of its batches."""
 
-    def painted(painting: Painting) -> None:
-        losses.append(painting.losses)
-        if observation is not None:
-            observation.add(painting)
-        bar.update(len(painting.images))
+    def __init__(self, observation: Observation | None) -> None:
+        self.observation = observation
+        self.written: Future[Sidecar] = Future()
+        self._losses: list[Tensor] = []
 
-    sidecar = shards.write_shard(
-        folder,
-        plan.index,
-        painter.shard(plan, painted),
-        round=plan.round,
-        digest=choices_digest(choices),
-        choices=choices,
-        licence=painter.prior.licence,
-    )
-    return sidecar, {"first": _mean(map(first_losses, losses)), "last": _mean(map(last_losses, losses))}
+    def make(
+        self,
+        painter: Painter,
+        writer: ShardWriter,
+        plan: ShardPlan,
+        folder: Path,
+        choices: dict[str, Any],
+        bar: tqdm,
+    ) -> None:
+        """Denoise it; the writer's thread goes on writing."""
+
+        def painted(painting: Painting) -> None:
+            self._losses.append(painting.losses)
+            if self.observation is not None:
+                self.observation.add(painting)
+            bar.update(len(painting.images))
+
+        write = partial(
+            shards.write_shard,
+            folder,
+            plan.index,
+            round=plan.round,
+            digest=choices_digest(choices),
+            choices=choices,
+            licence=painter.prior.licence,
+        )
+        self.written = writer.begin(painter.batches(plan), lambda batch: painter.samples(batch, painted), write)
+
+    def losses(self) -> dict[str, dict[str, float] | None]:
+        """Means of the first and last guided step over the batches."""
+        return {"first": _mean(map(first_losses, self._losses)), "last": _mean(map(last_losses, self._losses))}
 
 
 def _refuse_foreign(root: Path, folder: Path, recipe: Recipe, planned: int, choices: dict[str, Any]) -> None:

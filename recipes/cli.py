@@ -290,6 +290,49 @@ def export(
 
 
 @app.command()
+def build(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+) -> None:
+    """Make the recipe's engines before its run, and say where they may run.
+
+    \b
+      diffdfkd build throughput_sd15.yaml engine=tensorrt-rtx engine.capabilities=[SM86,SM89]
+      diffdfkd build throughput_fashion
+
+    TensorRT-RTX engines for named compute capabilities are built without a GPU. All engines go to the user's own
+    cache (engine.cache), where a run with the same recipe finds them.
+    """
+    resolved = load_recipe(recipe, overrides or ())
+    from diffdfkd.recipes.build import build as build_engines
+
+    typer.echo(build_engines(resolved))
+
+
+@app.command()
+def engines(
+    source: Annotated[
+        str, typer.Argument(metavar="PRIOR", help="Folder of a prior, or a recipe's name or file.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    json: Annotated[Path | None, typer.Option(help="File to write the rows to.")] = None,
+) -> None:
+    """Every engine that this machine can run: built or found, compared with eager, timed side by side.
+
+    \b
+      diffdfkd engines fashion --json engines.json
+      diffdfkd engines ~/priors/my-prior synthesis.batch_size=16 --json engines.json
+
+    One row each: stage (unet, chain, vjp), engine, precision, usable, reason, parity_max_abs, parity_relative,
+    cosine, calls_per_second with quantiles, build_seconds, peak_memory_mib. A prior's folder alone gets a small
+    untrained teacher, so that its chain has something to compute.
+    """
+    from diffdfkd.benchmarks.engines import examine
+
+    typer.echo(examine(source, overrides or [], json))
+
+
+@app.command()
 def doctor(
     json: Annotated[Path | None, typer.Option(help="File to write the findings to.")] = None,
 ) -> None:

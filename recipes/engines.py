@@ -31,15 +31,19 @@ def build_engines(recipe: Recipe, prior: "Prior", teacher: "Classifier") -> None
     """Build what the first round needs and the cache lacks; UserError, naming the field, where that fails."""
     from diffdfkd.engine.backends.serve import open_engine, run_settings, serves_itself
 
-    stages = ["unet", *(["vjp"] if recipe.guidance.mode in ("exact", "reuse") else [])]
-    stages += ["chain"] if recipe.guidance.mode != "none" else []
     subject = None
-    for stage in stages:
+    for stage in stages_of(recipe):
         backend = recipe.engine.chain if stage == "chain" else recipe.engine.unet
         if serves_itself(recipe, backend):
             continue
         subject = subject or subject_of(recipe, prior, teacher)
         open_engine(subject, stage, backend, run_settings(recipe)).runner.close()
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """Stages that the recipe's rounds call."""
+    mode = recipe.guidance.mode
+    return ["unet", *(["vjp"] if mode in ("exact", "reuse") else []), *(["chain"] if mode != "none" else [])]
 
 
 def subject_of(recipe: Recipe, prior: "Prior", teacher: "Classifier") -> "Subject":

@@ -11,6 +11,35 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from diffdfkd.engine.decompositions import decompositions, whole_resizing
 
+PLAIN = {
+    *(
+        "abs",
+        "add",
+        "bitwise_and",
+        "bitwise_not",
+        "bitwise_or",
+        "ceil",
+        "clamp",
+        "cos",
+        "div",
+        "elu",
+        "eq",
+        "erf",
+        "exp",
+    ),
+    *("floor", "ge", "gelu", "gt", "hardtanh", "le", "leaky_relu", "log", "log1p", "logical_and", "logical_not", "lt"),
+    *("maximum", "minimum", "mul", "ne", "neg", "pow", "reciprocal", "relu", "rsqrt", "sigmoid", "sign", "sin", "sqrt"),
+    *("sub", "tanh", "where", "_to_copy", "alias", "clone", "expand", "permute", "view", "squeeze", "unsqueeze"),
+    *("cat", "constant_pad_nd", "flip", "repeat", "select", "slice", "split_with_sizes"),
+    *("amax", "any", "mean", "sum", "var", "_softmax", "_log_softmax"),
+    *("addmm", "bmm", "mm", "convolution", "avg_pool2d", "max_pool2d_with_indices", "upsample_nearest2d"),
+    *("_native_batch_norm_legit_no_training", "native_group_norm", "reflection_pad2d", "replication_pad2d"),
+    *("arange", "full", "full_like", "scalar_tensor", "sym_size"),
+    # In place, which the exporter and the compiler put right.
+    *("add_", "copy_", "fill_", "logical_and_", "mul_", "pow_", "relu_"),
+}
+"""What a traced graph may hold: forward operators that ONNX and TensorRT have, without a scatter among them."""
+
 
 def vjp(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
     """(x, cotangent, *others) -> the function's output, and its vector-Jacobian product with respect to x."""
@@ -26,9 +55,11 @@ def vjp(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def traced(function: Callable[..., Any], *inputs: Tensor, symbolic: bool = False) -> torch.fx.GraphModule:
-    """The function as a graph; with ``symbolic`` its inputs' first dimension is free."""
+    """The function as a graph, traced without values; with ``symbolic`` its inputs' first dimension is free."""
     if not symbolic:
-        graph = make_fx(function, decomposition_table=decompositions())(*inputs)
+        graph = make_fx(
+            function, decomposition_table=decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True
+        )(*inputs)
     else:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         fakes = []
@@ -66,3 +97,48 @@ def assert_same(given: Sequence[Tensor], expected: Sequence[Tensor], tolerance: 
     assert len(given) == len(expected)
     for made, wanted in zip(given, expected, strict=True):
         assert made.dtype == wanted.dtype and distance(made, wanted) <= tolerance, distance(made, wanted)
+
+
+def check_operator(function: Callable[..., Tensor], *shape: int, symbolic: bool = False, whole: bool = False) -> None:
+    """Output and gradient of the traced function are autograd's in float64, on an input that the trace has not seen.
+
+    With ``symbolic`` its batch is larger than the traced one's, with ``whole`` its values repeat. No operator that is
+    made for a gradient is left.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(*sizes: int) -> Tensor:
+        values = torch.randn(sizes, generator=generator, dtype=torch.float64)
+        return values.round() if whole else values
+
+    x = sample(*shape)
+    cotangent = sample(*function(x).shape)
+    graph = traced(vjp(function), x, cotangent, symbolic=symbolic)
+    assert operators(graph) <= PLAIN, operators(graph) - PLAIN
+    more = 2 if symbolic else 0
+    fresh = [sample(len(tensor) + more, *tensor.shape[1:]) for tensor in (x, cotangent)]
+    assert_same(graph(*fresh), vjp(function)(*fresh), 1e-12)
+
+
+def to_onnx(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
+    """The ModelProto that torch's exporter makes of a graph; a symbolic one keeps its free batch."""
+    symbolic = any(
+        isinstance(node.meta["val"].shape[0], torch.SymInt) for node in graph.graph.find_nodes(op="placeholder")
+    )
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    program = torch.export.export(graph, tuple(inputs), dynamic_shapes=(batch,) * len(inputs) if symbolic else None)
+    exported = torch.onnx.export(program, (), dynamo=True, opset_version=21, verbose=False)
+    assert exported is not None
+    return exported.model_proto
+
+
+def run_onnx(model: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What onnxruntime makes of it, on two threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 2, 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [port.name for port in session.get_inputs()]
+    given = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+    return [torch.from_numpy(made) for made in session.run(None, given)]

@@ -42,6 +42,8 @@ class Settings:
     """Of TensorRT-RTX plans that are built for other GPUs than the one at hand."""
     memory_limit: int | None = None
     """Bytes of workspace that a TensorRT builder may take."""
+    progress: Callable[[str, float], None] | None = None
+    """Told the phase and the fraction of a TensorRT build."""
     shared: dict[torch.device, Any] = field(default_factory=dict)
     """Scratch memory by device, which all TensorRT runners of a run take turns in."""
 
@@ -72,30 +74,38 @@ def graph_precision(backend: Backend, precision: torch.dtype) -> torch.dtype:
     return torch.float32 if backend == "openvino" else precision
 
 
-def build(make: Make, backend: Backend, precision: torch.dtype, settings: Settings) -> Built:
-    """The stage on a backend, from the cache where it is there.
+def prepare(make: Make, backend: Backend, precision: torch.dtype, settings: Settings) -> tuple[Stage, Entry]:
+    """(the stage as the backend takes it, its engine in the cache), built if need be, though it may not run here.
 
-    Raises NoEngine where the backend is not installed, cannot run here or refuses the stage, and Refused where the
-    result is further from eager float32 than the precision allows.
+    Raises NoEngine where the backend is not installed or refuses the stage, and Refused where the result is further
+    from eager float32 than the precision allows.
     """
     stage = make(graph_precision(backend, precision))
-    if backend == "eager":
-        from diffdfkd.engine.backends.eager import EagerRunner
-
-        runner: Runner = EagerRunner(stage)
-        if precision == torch.float32:
-            return Built(runner, None, 0.0, False)
     identity = engine_identity(stage, backend, precision, settings)
-    entry = settings.cache.obtain(backend, identity, lambda folder: _build(stage, backend, precision, settings, folder))
+    return stage, settings.cache.obtain(
+        backend, identity, lambda folder: _build(stage, backend, precision, settings, folder)
+    )
+
+
+def build(make: Make, backend: Backend, precision: torch.dtype, settings: Settings) -> Built:
+    """A runner of the stage; raises NoEngine as `prepare` does, and where the engine does not run here."""
+    if backend == "eager" and precision == torch.float32:
+        return Built(open_runner(make(precision), backend, precision, settings, Path()), None, 0.0, False)
+    stage, entry = prepare(make, backend, precision, settings)
     runner = open_runner(stage, backend, precision, settings, entry.folder)
     parity = _parity(entry.details)
-    if parity is None:
-        # Built where it could not run.
-        parity = proven(stage, backend, precision, runner)
-        settings.cache.update(entry, {**entry.details, "parity": asdict(parity)})
-    elif not entry.made:
-        _look(stage, backend, precision, runner, settings, entry)
-    return Built(runner, parity, float(entry.details.get("seconds", 0.0)), not entry.made)
+    try:
+        if parity is None:
+            # Built where it could not run.
+            parity = proven(stage, backend, precision, runner)
+            settings.cache.update(entry, {"parity": asdict(parity)})
+        elif not entry.made:
+            _look(stage, backend, precision, runner)
+    except Refused as reason:
+        runner.close()
+        settings.cache.drop(entry, str(reason))
+        raise
+    return Built(runner, parity, float(entry.details["seconds"]), not entry.made)
 
 
 def engine_identity(stage: Stage, backend: Backend, precision: torch.dtype, settings: Settings) -> Mapping[str, Any]:
@@ -111,7 +121,11 @@ def engine_identity(stage: Stage, backend: Backend, precision: torch.dtype, sett
         "device": device_identity(stage.device),
     }
     if backend in ("tensorrt", "tensorrt-rtx"):
-        identity |= {"capabilities": sorted(settings.capabilities), "memory_limit": settings.memory_limit}
+        identity |= {
+            "capabilities": sorted(settings.capabilities),
+            "memory_limit": settings.memory_limit,
+            "flags": ["no TF32", "USER_MANAGED", "REQUIRE_USER_ALLOCATION"],
+        }
         if settings.capabilities:
             # A plan for named GPUs is the same wherever it is built.
             identity["device"] = "cuda"
@@ -192,7 +206,7 @@ def _build(
     stage: Stage, backend: Backend, precision: torch.dtype, settings: Settings, folder: Path
 ) -> Mapping[str, Any]:
     """What stands in ``folder`` afterwards is the engine; its details hold its parity where it can run here."""
-    details: dict[str, Any] = {"engine": backend}
+    details: dict[str, Any] = {"engine": backend, "precision": str(precision).removeprefix("torch.")}
     if backend == "compiled":
         from diffdfkd.engine.backends.compiled import compile_stage
 
@@ -214,16 +228,19 @@ def _build_plan(stage: Stage, backend: Backend, settings: Settings, folder: Path
     from diffdfkd.engine.export import MODEL
 
     assert backend in ("tensorrt", "tensorrt-rtx")
-    return build_plan(
+    details = build_plan(
         exported(stage, settings).path(MODEL),
         folder / PLAN,
         stage.specification,
         flavour=backend,
         capabilities=settings.capabilities,
         memory_limit=settings.memory_limit,
-        timing_cache=settings.cache.folder / f"{backend}.timing" if backend == "tensorrt" else None,
+        timing_cache=settings.cache.side_folder("timing") / "tensorrt.timing" if backend == "tensorrt" else None,
         log=folder / "builder.log",
+        progress=settings.progress,
     )
+    details["build_seconds"] = details.pop("seconds")
+    return details
 
 
 PLAN = "plan.engine"
@@ -251,8 +268,14 @@ def open_runner(stage: Stage, backend: Backend, precision: torch.dtype, settings
     if backend in ("tensorrt", "tensorrt-rtx"):
         from diffdfkd.engine.backends.tensorrt import TensorRTRunner
 
-        workspace = settings.workspace(device)
-        return TensorRTRunner(folder / PLAN, specification, device, workspace, flavour=backend)
+        return TensorRTRunner(
+            folder / PLAN,
+            specification,
+            device,
+            settings.workspace(device),
+            flavour=backend,
+            kernels=settings.cache.side_folder("kernels") / folder.name if backend == "tensorrt-rtx" else None,
+        )
     from diffdfkd.engine.export import MODEL
 
     model = exported(stage, settings).path(MODEL)
@@ -265,16 +288,11 @@ def open_runner(stage: Stage, backend: Backend, precision: torch.dtype, settings
     return OnnxRuntimeRunner(model, specification, device, settings.threads)
 
 
-def _look(
-    stage: Stage, backend: Backend, precision: torch.dtype, runner: Runner, settings: Settings, entry: Entry
-) -> None:
-    """One small batch of an engine from the cache: it was proven when it was built, but not with these packages."""
+def _look(stage: Stage, backend: Backend, precision: torch.dtype, runner: Runner) -> None:
+    """One small batch of an engine from the cache: a teacher's code may have changed since, which no digest sees."""
     parity = measure_parity(stage, runner, rows=(min(usual_rows(stage)),), precision=precision)
     if parity.fault is not None:
-        settings.cache.drop(entry, parity.fault)
-        raise Refused(
-            f"{stage.name}: {backend} from the cache differs from eager ({parity.fault}); it was dropped", parity
-        )
+        raise Refused(f"{stage.name}: {backend} from the cache differs from eager ({parity.fault})", parity)
 
 
 def _parity(details: Mapping[str, Any]) -> Parity | None:

@@ -108,6 +108,15 @@ class EngineCache:
             log.warning("%s is removed: %s", place.folder, reason)
             _put_away(place)
 
+    def side_folder(self, name: str) -> Path:
+        """A folder in the cache for what engines keep by themselves, made if need be; its files are looked at too."""
+        folder = self.folder / name
+        with self._own.naming_faults(folder):
+            self._own.make(folder)
+            for path in folder.iterdir():
+                self._own.trust(path)
+        return folder
+
     def _look(self, place: Place) -> Entry | None:
         """The entry, None where there is none; raises Damaged and, for what is not the user's alone, UserError."""
         with self._own.naming_faults():

@@ -81,8 +81,11 @@ class TensorRTRunner(Runner):
         workspace: Workspace,
         *,
         flavour: Flavour,
+        kernels: Path | None = None,
     ) -> None:
-        """NoEngine for a plan that does not load here, is not that stage's, or does not fit into memory."""
+        """``kernels``: path that the kernels that TensorRT-RTX compiles are kept beside, by default the plan's.
+
+        NoEngine for a plan that does not load here, is not that stage's, or does not fit into memory."""
         # Without a GPU, making a Runtime ends the process.
         if not torch.cuda.is_available():
             raise NoEngine(f"{flavour} runs on a GPU, and torch finds none; take another engine")
@@ -90,6 +93,7 @@ class TensorRTRunner(Runner):
         self.engine = flavour
         self._log = log_of(module)
         self._workspace = workspace
+        self._kernels = kernels or plan.with_suffix("")
         with _on(device), self._fitting(plan):
             super().__init__(specification, device)
             most = specification.range[2]
@@ -187,7 +191,7 @@ class TensorRTRunner(Runner):
         # Compiled in the background, kernels would change under a captured graph, and results with them.
         strategies = module.DynamicShapesKernelSpecializationStrategy
         config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-        kernels = KernelCache(kernels_file(plan, self.device), config)
+        kernels = KernelCache(kernels_file(self._kernels, self.device), config)
         return engine.create_execution_context(config), kernels
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Kernels that TensorRT-RTX has compiled for a GPU, kept beside the plan so that the next process need not."""
+"""Kernels that TensorRT-RTX has compiled for a GPU, kept in a file so that the next process need not."""
 
 import logging
 import re
@@ -12,10 +12,10 @@ from diffdfkd.engine.shards import write_atomic
 log = logging.getLogger(__name__)
 
 
-def kernels_file(plan: Path, device: torch.device) -> Path:
-    """Where a plan's kernels for the device lie: beside the plan, a file for each kind of GPU."""
+def kernels_file(base: Path, device: torch.device) -> Path:
+    """Where kernels for the device lie: beside ``base``, which names their plan, a file for each kind of GPU."""
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
-    return plan.with_name(f"{plan.stem}.{name}.kernels")
+    return base.with_name(f"{base.name}.{name}.kernels")
 
 
 class KernelCache:

@@ -184,16 +184,16 @@ def test_run_continues_to_the_same_bytes(make, models, tmp_path, caplog, damage,
 
 def test_interrupt_leaves_whole_shards_only(make, models, tmp_path, monkeypatch):
     run(make(), models, tmp_path / "whole")
-    paint, calls = painter.Painter.paint, []
+    begin, calls = painter.Painter.begin, []
 
     def interrupted(self, *arguments, **options):
         calls.append(1)
         if len(calls) == 4:  # the second batch of the second shard
             raise KeyboardInterrupt
-        return paint(self, *arguments, **options)
+        return begin(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(painter.Painter, "paint", interrupted)
+        patch.setattr(painter.Painter, "begin", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(make(), models, tmp_path / "cut")
     assert sorted(content(tmp_path / "cut")) == ["round-000/shard-00000.json", "round-000/shard-00000.tar"]

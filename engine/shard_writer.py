@@ -1,0 +1,80 @@
+"""Shards are encoded and written by a thread of its own, while the next batches are being denoised.
+
+What is written does not depend on it: batches reach the thread in order, and one shard is written after the other.
+"""
+
+import queue
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+from diffdfkd.engine.painter import Batch
+from diffdfkd.engine.shards import Sample, Sidecar
+
+AHEAD = 2
+"""Batches that may wait for the thread; then denoising waits for it."""
+LOOK = 0.2
+"""Seconds after which a full queue is asked whether its thread still lives."""
+
+
+class Abandoned(Exception):
+    """Denoising failed: the shard that was being written is to vanish."""
+
+
+class ShardWriter:
+    """Writes shards in the order in which they are begun; a context manager.
+
+    An error of either side ends the shard, of which nothing is left, and is raised on the caller's.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "shard-writer")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True)
+
+    def begin(
+        self,
+        batches: Iterator[Batch],
+        samples: Callable[[Batch], Iterator[Sample | None]],
+        write: Callable[[Iterator[Sample | None]], Sidecar],
+    ) -> "Future[Sidecar]":
+        """Denoise the shard's batches here, while ``write`` takes their ``samples`` in the thread; its sidecar."""
+        waiting: queue.Queue[Batch | Abandoned | None] = queue.Queue(AHEAD)
+
+        def taken() -> Iterator[Sample | None]:
+            while (batch := waiting.get()) is not None:
+                if isinstance(batch, Abandoned):
+                    raise batch
+                yield from samples(batch)
+
+        future = self._pool.submit(write, taken())
+        try:
+            for batch in batches:
+                _put(waiting, batch, future)
+        except BaseException:
+            _put(waiting, Abandoned(), future)
+            raise
+        _put(waiting, None, future)
+        return future
+
+
+def _put(waiting: "queue.Queue[Any]", item: Any, future: "Future[Sidecar]") -> None:
+    """Wait for room, unless the thread has ended: then its error is raised, or none is left to read the item."""
+    while True:
+        if future.done():
+            if isinstance(item, Abandoned):
+                return
+            future.result()
+            raise RuntimeError("the shard was finished before its last batch")
+        try:
+            waiting.put(item, timeout=LOOK)
+        except queue.Full:
+            continue
+        return

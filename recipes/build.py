@@ -1,0 +1,110 @@
+"""Engines ahead of time: all that a recipe's run would build, made and kept before it, and where they may run.
+
+diffdfkd build my-recipe.yaml engine=tensorrt-rtx engine.capabilities=[SM86,SM89]
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe import Recipe
+
+if TYPE_CHECKING:
+    from diffdfkd.engine.backends.entry import Entry
+
+
+def build(recipe: Recipe, *, progress: bool = True) -> str:
+    """Build the engines that the recipe names, or find them in the cache; a line about each.
+
+    Engines for named compute capabilities need no GPU and are proven where they first run. Raises UserError for a
+    recipe that names none, and for an engine that cannot be had.
+    """
+    named = {stage: getattr(recipe.engine, stage) for stage in ("unet", "chain")}
+    if set(named.values()) <= {"auto", "eager"}:
+        raise UserError("engine: nothing is built ahead for auto or eager; name one, such as engine=tensorrt-rtx")
+    from diffdfkd.engine.classifier import build_classifier
+    from diffdfkd.recipes.launch import settle_machine
+    from diffdfkd.recipes.run import load_prior_for, use_device
+
+    recipe = settle_machine(recipe)
+    use_device(recipe)
+    teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher").to(recipe.device)
+    prior = load_prior_for(recipe, teacher)
+    lines = []
+    for stage, subject in _wanted(recipe, prior, teacher):
+        backend = recipe.engine.chain if stage == "chain" else recipe.engine.unet
+        entry = _build_one(subject, stage, backend, progress)
+        lines += _lines(stage, subject.student is not None, entry)
+    return "\n".join(lines)
+
+
+def _wanted(recipe: Recipe, prior: Any, teacher: Any) -> list[tuple[str, Any]]:
+    """(stage, what it is made of) for all engines of the recipe's rounds."""
+    from diffdfkd.engine.backends.serve import serves_itself
+    from diffdfkd.engine.classifier import build_classifier
+    from diffdfkd.engine.painter import uses_student
+    from diffdfkd.recipes.engines import stages_of, subject_of
+
+    first = subject_of(recipe, prior, teacher)
+    wanted = [
+        (stage, first)
+        for stage in stages_of(recipe)
+        if not serves_itself(recipe, recipe.engine.chain if stage == "chain" else recipe.engine.unet)
+    ]
+    if recipe.rounds > 1 and uses_student(recipe, 1) and not serves_itself(recipe, recipe.engine.chain):
+        # Its weights are inputs, so any student of the architecture will do.
+        student = build_classifier(recipe.student, recipe.teacher, field="student", seed=recipe.seed)
+        wanted.append(("chain", replace(first, student=student.to(recipe.device).eval().requires_grad_(False))))
+    return wanted
+
+
+def _build_one(subject: Any, stage: str, backend: str, progress: bool) -> "Entry":
+    from tqdm import tqdm
+
+    from diffdfkd.engine.backends.build import prepare
+    from diffdfkd.engine.backends.serve import run_settings
+    from diffdfkd.engine.runner import NoEngine
+
+    field = "chain" if stage == "chain" else "unet"
+    with tqdm(total=100, desc=f"{backend}: {stage}", unit="%", disable=not progress, leave=False) as bar:
+
+        def tell(phase: str, fraction: float) -> None:
+            bar.set_postfix_str(phase[:40], refresh=False)
+            bar.update(max(0.0, 100 * fraction - bar.n))
+
+        settings = replace(run_settings(subject.recipe), progress=_never_falling(tell))
+        try:
+            _, entry = prepare(subject.make(stage), backend, subject.precision, settings)  # type: ignore[arg-type]
+        except NoEngine as reason:
+            raise UserError(f"engine.{field}: {backend} cannot be had: {reason}") from None
+    return entry
+
+
+def _never_falling(tell: Callable[[str, float], None]) -> Callable[[str, float], None]:
+    return lambda phase, fraction: tell(phase, min(1.0, max(0.0, fraction)))
+
+
+def _lines(stage: str, student: bool, entry: "Entry") -> list[str]:
+    from diffdfkd.engine.backends.build import PLAN
+
+    details = entry.details
+    what = f"{stage}{' with the student' if student else ''}: {entry.kind}, {details.get('precision', '')}".rstrip(", ")
+    how = f"built in {details['seconds']:.0f} s" if entry.made else "was there already"
+    parity = details.get("parity")
+    if parity is None:
+        proof = "not compared with eager yet: that is done where it first runs"
+    else:
+        proof = f"differs from eager by {parity['relative']:.1e}"
+        if parity.get("gradient") is not None:
+            proof += f", its gradient by {parity['gradient']:.1e} (cosine {parity['cosine']:.6f})"
+    where = details.get("runs_on", "this machine")
+    size = sum((entry.folder / name).stat().st_size for name in entry.files)
+    file = entry.folder / PLAN if PLAN in entry.files else entry.folder
+    return [f"{what}: {how}, {size / 2**20:.1f} MiB; {proof}", f"  runs on {where}", f"  {_short(file)}"]
+
+
+def _short(path: Path) -> str:
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
