@@ -22,6 +22,8 @@ from diffdfkd.engine.backends.serve import (
     run_settings,
     serves_itself,
 )
+from diffdfkd.engine.backends.unet_attention import use_attention
+from diffdfkd.engine.captured import CapturedSampler
 from diffdfkd.engine.classifier import Classifier, convert_channels
 from diffdfkd.engine.cutmix import CutMixPlan, plan_cutmix
 from diffdfkd.engine.errors import UserError
@@ -104,6 +106,7 @@ class Painter:
         synthesis, guidance = recipe.synthesis, recipe.guidance
         self.table = make_table(synthesis.sampler, models.prior.scheduler_config, synthesis.steps, self.device)
         dtype = getattr(torch, recipe.prior.dtype)
+        use_attention(models.prior.unet, recipe.engine.attention)
         self.unet: UNet = unet_stage(models.prior, dtype, synthesis.guidance_scale)
         # A UNet that is told the scale runs once, on the prompt alone.
         self.scale = 1.0 if models.prior.guidance_width is not None else synthesis.guidance_scale
@@ -119,6 +122,7 @@ class Painter:
         self.vjp: EngineVjp | None = None
         self.runners: list[Runner] = []
         self._second: Any = None
+        self._recorded: CapturedSampler | None = None
         student = models.student if uses_student(recipe, round) else None
         subject = Subject(recipe, models.prior, models.teacher, self.context, student)
         if not serves_itself(recipe, recipe.engine.unet):
@@ -212,12 +216,16 @@ class Painter:
         context = self.context[self.rows[classes]]
         if self.scale != 1:
             context = torch.cat([self.context[-1:].expand_as(context), context])
+        captured = self._captured(len(ids), context.shape) if guided == (self.chain is not None) else None
+        noise = philox_normal(recipe.seed, ids, 0, INITIAL_NOISE, shape)
+        if captured is not None:
+            return plan, captured(context, noise, ids, plan)
         trajectory = sample(
             self.unet,
             self.table,
             context,
             scale=self.scale,
-            noise=philox_normal(recipe.seed, ids, 0, INITIAL_NOISE, shape),
+            noise=noise,
             sample_ids=ids,
             seed=recipe.seed,
             chain=self.chain if guided else None,
@@ -227,6 +235,33 @@ class Painter:
             vjp=self.vjp,
         )
         return plan, trajectory
+
+    def _captured(self, batch: int, context: torch.Size) -> CapturedSampler | None:
+        """The recorded steps for a whole batch, where the recipe, the device and the mode allow them."""
+        recipe = self.recipe
+        if (
+            self.device.type != "cuda"
+            or recipe.engine.cuda_graph == "off"
+            or recipe.kernel == "reference"
+            or recipe.guidance.mode not in ("clean", "none")
+            or batch != recipe.synthesis.batch_size
+        ):
+            return None
+        if self._recorded is None:
+            self._recorded = CapturedSampler(
+                self.unet,
+                self.table,
+                scale=self.scale,
+                shape=(batch, *self.prior.latent_shape),
+                context=(context[0], context[1], context[2]),
+                classes=len(recipe.teacher.classes),
+                seed=recipe.seed,
+                guidance=recipe.guidance,
+                chain=self.chain,
+                kernel=recipe.kernel,
+                device=self.device,
+            )
+        return self._recorded
 
     @torch.no_grad()
     def _finish(self, latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ counts by itself. Between the stages of a clean step lie two launches, `predict`
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from diffdfkd.engine.cutmix import CutMixPlan
 from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.schedule import Table
 from diffdfkd.engine.stages import BufferedUNet, Chain, Gradient, UNet, Vjp, dense, finite
-from diffdfkd.kernels.advance import advance
+from diffdfkd.kernels.advance import Advance, advance
 from diffdfkd.kernels.launch import Kernel
 from diffdfkd.kernels.move import move
 from diffdfkd.kernels.predict import Prediction, predict
@@ -38,6 +39,75 @@ class Trajectory:
     """[S, 4], total, class, BatchNorm and adversarial loss per step; NaN where a step was not guided."""
     frozen: Tensor
     """[S] int32, samples that stopped being alive in each step, counted on the device."""
+
+
+class Kind(NamedTuple):
+    """What Python branches on in a step: steps of one kind are the same launches on the same tensors."""
+
+    guided: bool
+    draws: bool
+    last: bool
+    keep_x0: bool
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What all steps of a trajectory share, and the step of mode ``clean`` and of no guidance."""
+
+    unet: UNet
+    context: Tensor
+    rows: Tensor
+    step: Tensor
+    scales: Tensor
+    next_input: NextInput
+    draw: Draw
+    mix: Mix | None
+    frozen: Tensor
+    guidance: GuidanceRecipe
+    kernel: Kernel
+
+    def predict(self, z: Tensor, output: Tensor) -> Prediction:
+        return predict(z, output, self.rows, self.step, self.scales, kernel=self.kernel)
+
+    def steering(self, found: Gradient) -> Guidance:
+        guidance = self.guidance
+        return Guidance(found.gradient, found.norm, found.finite, self.scales, guidance.rho_rule, guidance.rho)
+
+    def advance(
+        self,
+        kind: Kind,
+        z: Tensor,
+        prediction: Prediction,
+        previous_x0: Tensor | None,
+        alive: Tensor,
+        steering: Guidance | None,
+    ) -> Advance:
+        return advance(
+            z,
+            prediction,
+            previous_x0,
+            self.rows,
+            self.step,
+            alive,
+            guidance=steering,
+            noise=self.draw if kind.draws else None,
+            mix=self.mix,
+            next_input=None if kind.last else self.next_input,
+            keep_x0=kind.keep_x0,
+            frozen=self.frozen,
+            kernel=self.kernel,
+        )
+
+    def clean_step(
+        self, kind: Kind, chain: Chain | None, z: Tensor, previous_x0: Tensor | None, alive: Tensor, target: Tensor
+    ) -> tuple[Advance, Tensor | None]:
+        """(latents, x0 kept for the next step, who is alive), and the losses of a guided step."""
+        output = self.unet(self.next_input.sample, self.next_input.timestep, self.context)
+        prediction = self.predict(z, output)
+        if chain is None:
+            return self.advance(kind, z, prediction, previous_x0, alive, None), None
+        gradient = chain(prediction.x0, target, alive)
+        return self.advance(kind, z, prediction, previous_x0, alive, self.steering(gradient)), gradient.losses
 
 
 @torch.no_grad()
@@ -94,63 +164,41 @@ def sample(
     frozen = torch.zeros(table.steps, dtype=torch.int32, device=device)
     unguided = torch.full((4,), torch.nan, device=device)
     losses = []
-
-    def predict_at(z: Tensor, output: Tensor) -> Prediction:
-        return predict(z, output, rows, step, scales, kernel=kernel)
-
-    def steering_by(found: Gradient) -> Guidance:
-        return Guidance(found.gradient, found.norm, found.finite, scales, guidance.rho_rule, guidance.rho)
+    loop = Loop(unet, context, rows, step, scales, next_input, draw, mix, frozen, guidance, kernel)
 
     for index in range(table.steps):
         last = index + 1 == table.steps
-        steering, loss = None, unguided
-        if chain is not None and guided[index] and guidance.mode != "clean":
-            with torch.set_grad_enabled(vjp is None):
-                leaf = inputs.detach().requires_grad_(vjp is None)
-                output = unet(leaf, next_input.timestep, context)
-            prediction = predict_at(z, output.detach())
-            gradient = chain(prediction.x0, targets[index], alive)
-            loss = gradient.losses
-            # What guidance scale and prediction type make of it is left to `move`: the product is linear in it.
-            cotangent = gradient.gradient.repeat(2, 1, 1, 1) if doubled else gradient.gradient
-            if vjp is not None:
-                _, by_inputs = vjp(leaf, next_input.timestep, context, cotangent)
-            else:
-                (by_inputs,) = torch.autograd.grad(output, leaf, cotangent.to(output.dtype))
-            z, prediction, alive = move(
-                z,
-                prediction,
-                rows,
-                step,
-                alive,
-                steering_by(gradient),
-                dense(by_inputs),
-                inputs=inputs if guidance.mode == "exact" else None,
-                kernel=kernel,
-            )
-            if guidance.mode == "exact":
-                prediction = predict_at(z, unet(inputs, next_input.timestep, context))
+        steers = chain if guided[index] else None
+        kind = Kind(steers is not None, table.draws[index], last, not last and table.looks_back[index + 1])
+        if steers is None or guidance.mode == "clean":
+            (z, previous_x0, alive), loss = loop.clean_step(kind, steers, z, previous_x0, alive, targets[index])
+            losses.append(unguided if loss is None else loss)
+            continue
+        with torch.set_grad_enabled(vjp is None):
+            leaf = inputs.detach().requires_grad_(vjp is None)
+            output = unet(leaf, next_input.timestep, context)
+        prediction = loop.predict(z, output.detach())
+        gradient = steers(prediction.x0, targets[index], alive)
+        losses.append(gradient.losses)
+        # What guidance scale and prediction type make of it is left to `move`: the product is linear in it.
+        cotangent = gradient.gradient.repeat(2, 1, 1, 1) if doubled else gradient.gradient
+        if vjp is not None:
+            _, by_inputs = vjp(leaf, next_input.timestep, context, cotangent)
         else:
-            prediction = predict_at(z, unet(inputs, next_input.timestep, context))
-            if chain is not None and guided[index]:
-                gradient = chain(prediction.x0, targets[index], alive)
-                loss = gradient.losses
-                steering = steering_by(gradient)
-        losses.append(loss)
-        z, previous_x0, alive = advance(
+            (by_inputs,) = torch.autograd.grad(output, leaf, cotangent.to(output.dtype))
+        z, prediction, alive = move(
             z,
             prediction,
-            previous_x0,
             rows,
             step,
             alive,
-            guidance=steering,
-            noise=draw if table.draws[index] else None,
-            mix=mix,
-            next_input=None if last else next_input,
-            keep_x0=not last and table.looks_back[index + 1],
-            frozen=frozen,
+            loop.steering(gradient),
+            dense(by_inputs),
+            inputs=inputs if guidance.mode == "exact" else None,
             kernel=kernel,
         )
+        if guidance.mode == "exact":
+            prediction = loop.predict(z, unet(inputs, next_input.timestep, context))
+        z, previous_x0, alive = loop.advance(kind, z, prediction, previous_x0, alive, None)
 
     return Trajectory(z, alive & finite(z), targets[-1], torch.stack(losses), frozen)

@@ -23,8 +23,32 @@ def with_engines(folder: RunFolder, prior: "Prior", teacher: "Classifier") -> tu
     from diffdfkd.engine.backends.choose import settle_engines
 
     recipe, choices = settle_engines(folder.recipe, lambda: subject_of(folder.recipe, prior, teacher))
+    recipe = with_attention(recipe, prior)
     build_engines(recipe, prior, teacher)
     return replace(folder, recipe=recipe), choices
+
+
+def with_attention(recipe: Recipe, prior: "Prior") -> Recipe:
+    """The recipe with ``engine.attention`` settled; UserError where xformers is asked for and cannot be had."""
+    import torch
+
+    from diffdfkd.engine.backends.unet_attention import settle_attention
+    from diffdfkd.engine.painter import class_prompts, embed_prompts
+    from diffdfkd.engine.stages import unet_stage
+
+    engine = recipe.engine
+
+    @torch.no_grad()
+    def call() -> None:
+        rows = recipe.synthesis.batch_size
+        context, _ = embed_prompts(prior, class_prompts(recipe)[:1])
+        sample = torch.randn(rows, *prior.latent_shape, device=recipe.device)
+        timestep = torch.full((rows,), 500.0, device=recipe.device)
+        stage = unet_stage(prior, getattr(torch, recipe.prior.dtype), recipe.synthesis.guidance_scale)
+        stage(sample, timestep, context[:1].expand(rows, -1, -1))
+
+    attention = settle_attention(engine.attention, engine.unet, prior.unet, call)
+    return recipe.model_copy(update={"engine": engine.model_copy(update={"attention": attention})})
 
 
 def build_engines(recipe: Recipe, prior: "Prior", teacher: "Classifier") -> None:

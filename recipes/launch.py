@@ -29,7 +29,9 @@ def settle_machine(recipe: Recipe, before: Recipe | None = None) -> Recipe:
     engine = recipe.engine
     if before is not None:
         began = {
-            stage: getattr(before.engine, stage) for stage in ("unet", "chain") if getattr(engine, stage) == "auto"
+            stage: getattr(before.engine, stage)
+            for stage in ("unet", "chain", "attention")
+            if getattr(engine, stage) == "auto"
         }
         engine = engine.model_copy(update=began)
     return recipe.model_copy(update={"device": device, "threads": threads, "kernel": kernel, "engine": engine})

@@ -258,6 +258,8 @@ def use_device(recipe: Recipe) -> None:
     if recipe.device == "cuda":
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
+        # float32 is float32: its ten-bit form is worth less than bfloat16, and no engine could be proven against it.
+        torch.backends.cudnn.allow_tf32 = False
     else:
         bound_memory()
 

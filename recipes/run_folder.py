@@ -264,6 +264,8 @@ def _as_begun(folder: Path) -> Recipe:
     """The recipe that the folder's run began with; runs older than the field took the only forms that there were."""
     recipe = load_recipe(folder / "recipe.yaml")
     only = {stage: "eager" for stage in ("unet", "chain") if getattr(recipe.engine, stage) == "auto"}
+    if recipe.engine.attention == "auto":
+        only["attention"] = "sdpa"
     kernel = "reference" if recipe.kernel == "auto" else recipe.kernel
     return recipe.model_copy(update={"kernel": kernel, "engine": recipe.engine.model_copy(update=only)})
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from tracing import PLAIN, distance, operators, run_onnx, to_onnx, traced, vjp
+from tracing import PLAIN, assert_same, operators, run_onnx, to_onnx, traced, usual_distance, vjp
 
 from diffdfkd.engine.architectures import ARCHITECTURES
-from diffdfkd.engine.classifier import build_classifier, build_model
+from diffdfkd.engine.classifier import Classifier, Preprocessing, build_classifier, build_model
 from diffdfkd.engine.prior import load_prior
 from diffdfkd.engine.recipe import GuidanceRecipe, PriorRecipe, load_recipe
 from diffdfkd.engine.stages import decode_stage, guidance_chain, unet_stage
@@ -45,8 +45,8 @@ class Decoder(nn.Module):
         return self.layers(latents)
 
 
-def teacher(name: str) -> tuple[nn.Module, int]:
-    """A network of an architecture's name with random statistics in its BatchNorm layers, and its images' size."""
+def teacher(name: str) -> nn.Module:
+    """A network of an architecture's name with random statistics in its BatchNorm layers."""
     torch.manual_seed(0)
     if name == "vit":
         from torchvision.models import VisionTransformer
@@ -60,13 +60,13 @@ def teacher(name: str) -> tuple[nn.Module, int]:
     for layer in tappable(model).values():
         layer.running_mean.normal_(0, 0.1)
         layer.running_var.uniform_(0.5, 2)
-    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last), 64 if name in TORCHVISION else 32
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def chain(name: str) -> Callable[..., tuple[Tensor, ...]]:
     """x0, targets, alive -> what the guidance chain of a teacher gives, with BatchNorm guidance where it can be had."""
-    model, size = teacher(name)
-    size = 32 if name == "vit" else size
+    model = teacher(name)
+    size = 64 if name in TORCHVISION and name != "vit" else 32
     taps = BatchNormTaps(model) if tappable(model) else None
     weights = GuidanceRecipe(class_weight=1.0, batchnorm_weight=1.0 if taps else 0.0)
     made = guidance_chain(Decoder(size).requires_grad_(False), model, taps, weights, kernel="reference")
@@ -102,11 +102,7 @@ def assert_engine_agrees(
     place: int,
     batches: list[tuple[Tensor, ...]],
 ) -> None:
-    """onnxruntime's gradient, output `place`, is within 1e-5 of autograd's, for the best of several batches.
-
-    The best, since a ReLU whose input is 0 but for rounding takes its other side in one of the two: a kink of the
-    function, and no fault. What is wrong is wrong in every batch.
-    """
+    """The exported file asks for nothing that TensorRT lacks; onnxruntime's output `place` is autograd's to 1e-5."""
     model = to_onnx(graph, batches[0])
     kinds = {node.op_type for node in model.graph.node}
     assert not kinds & {"LayerNormalization", "ScatterND", "ScatterElements", "NonZero", "Loop", "GatherND"}, kinds
@@ -115,54 +111,80 @@ def assert_engine_agrees(
             assert len([name for name in node.output if name]) == 1
         if node.op_type == "Resize":
             assert not any(attribute.name == "antialias" and attribute.i for attribute in node.attribute)
-    errors = [distance(run_onnx(model, given)[place], function(*given)[place]) for given in batches]
-    assert min(errors) <= 1e-5, errors
+    error = usual_distance([(run_onnx(model, given)[place], function(*given)[place]) for given in batches])
+    assert error <= 1e-5, error
 
 
-@pytest.mark.parametrize("symbolic", [False, True])
-def test_demo_chain_is_plain_and_gives_autograds_gradient(symbolic: bool) -> None:
-    function, latent = demo_chain()
-    graph = traced(function, *batch(4, 0, latent), symbolic=symbolic)
-    assert_plain(graph)
-    errors = []
-    for seed in (1, 2, 3):
-        given = batch(7 if symbolic else 4, seed, latent)
-        made, expected = graph(*given), function(*given)
-        assert torch.equal(made[2], expected[2])
-        errors.append(distance(made[0], expected[0]))
-    assert min(errors) <= 1e-5, errors
+def assert_graph_agrees(
+    graph: torch.fx.GraphModule, function: Callable[..., tuple[Tensor, ...]], batches: list[tuple[Tensor, ...]]
+) -> None:
+    error = usual_distance([(graph(*given)[0], function(*given)[0]) for given in batches])
+    assert error <= 1e-5, error
+
+
+class Small(nn.Module):
+    """A teacher with one of each kind of layer: [B, 1, 12, 12] -> [B, 10]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8), nn.Hardswish())
+        self.norm, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.GELU(), nn.Linear(8, CLASSES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        x = x + self.body(x)
+        tokens = self.norm(x.flatten(2).transpose(1, 2))
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return self.head(tokens.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 def test_small_chain_runs_in_onnxruntime_at_any_batch() -> None:
-    function = chain("vgg8")
+    torch.manual_seed(0)
+    classifier = Classifier(Small(), Preprocessing(1, 12, (0.5,), (0.5,), "bilinear"), list("0123456789"))
+    classifier = classifier.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    weights = GuidanceRecipe(class_weight=1.0, batchnorm_weight=1.0)
+    made = guidance_chain(
+        Decoder(16).requires_grad_(False), classifier, BatchNormTaps(classifier.model), weights, kernel="reference"
+    )
+
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        return tuple(made(*given))
+
     graph = traced(function, *batch(4, 0), symbolic=True)
     assert_plain(graph)
-    assert_engine_agrees(graph, function, 0, [batch(4, 1), batch(2, 2), batch(9, 3)])
+    batches = [batch(4, 1), batch(2, 2), batch(9, 3)]
+    assert_graph_agrees(graph, function, batches)
+    assert_engine_agrees(graph, function, 0, batches)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("symbolic", [False, True])
-def test_demo_chain_runs_in_onnxruntime(symbolic: bool) -> None:
+def test_demo_chain(symbolic: bool) -> None:
     function, latent = demo_chain()
     graph = traced(function, *batch(4, 0, latent), symbolic=symbolic)
-    sizes = (4, 7, 2) if symbolic else (4, 4, 4)
-    assert_engine_agrees(graph, function, 0, [batch(n, seed, latent) for seed, n in enumerate(sizes)])
+    assert_plain(graph)
+    batches = [batch(n, seed, latent) for seed, n in enumerate((4, 7, 2) if symbolic else (4, 4, 4))]
+    assert_graph_agrees(graph, function, batches)
+    assert_engine_agrees(graph, function, 0, batches)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *TORCHVISION])
 def test_chain_of_every_teacher(name: str) -> None:
     function = chain(name)
-    for symbolic in (True, False):
-        graph = traced(function, *batch(4, 0), symbolic=symbolic)
+    batches = [batch(4, seed) for seed in (1, 2, 3)]
+    for symbolic in (False, True):
+        graph = traced(function, *batches[0], symbolic=symbolic)
         assert_plain(graph)
-        errors = [distance(graph(*given)[0], function(*given)[0]) for given in (batch(4, seed) for seed in (1, 2, 3))]
-        assert min(errors) <= 1e-5, errors
-    assert_engine_agrees(graph, function, 0, [batch(4, seed) for seed in (1, 2, 3)])
+        assert_graph_agrees(graph, function, batches)
+    assert_engine_agrees(graph, function, 0, batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["tiny_sd1", "tiny_sd2"])
-@pytest.mark.parametrize("symbolic", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("symbolic", [False, True])
 def test_vector_jacobian_product_of_unets(family: str, symbolic: bool, request: pytest.FixtureRequest) -> None:
     prior = load_prior(PriorRecipe(path=str(request.getfixturevalue(family))), "cpu")
     function = vjp(unet_stage(prior))
@@ -175,8 +197,7 @@ def test_vector_jacobian_product_of_unets(family: str, symbolic: bool, request: 
 
     graph = traced(function, *given(2, 0), symbolic=symbolic)
     assert_plain(graph)
-    other = given(3 if symbolic else 2, 1)
-    for made, expected in zip(graph(*other), function(*other), strict=True):
-        assert distance(made, expected) <= 1e-5
-    if symbolic:
-        assert_engine_agrees(graph, function, 1, [given(3, 1), given(2, 2)])
+    batches = [given(3 if symbolic else 2, 1), given(2, 2)]
+    for inputs in batches:
+        assert_same(graph(*inputs), function(*inputs), 1e-5)
+    assert_engine_agrees(graph, function, 1, batches)

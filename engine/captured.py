@@ -1,0 +1,144 @@
+"""Steps of mode ``clean`` recorded once as CUDA graphs and replayed: a step costs the host one launch.
+
+All trajectories of one batch size share their tensors. A step reads latents, targets and who is alive from buffers and
+leaves the next ones there, so that steps of one kind are the same launches on the same tensors; which row of the table
+is theirs they count on the device. Recording happens at a kind's first step, after one that warms up.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffdfkd.engine.combinations import guided_steps
+from diffdfkd.engine.cutmix import CutMixPlan
+from diffdfkd.engine.recipe import GuidanceRecipe
+from diffdfkd.engine.sampler import Kind, Loop, Trajectory
+from diffdfkd.engine.schedule import Table
+from diffdfkd.engine.stages import BufferedUNet, Chain, UNet, finite
+from diffdfkd.kernels.launch import Kernel
+from diffdfkd.kernels.row import row_at, start_counter
+from diffdfkd.kernels.step_inputs import Draw, Mix, NextInput, write_input
+
+Record = Callable[[Callable[[], None]], Callable[[], None]]
+"""What makes a replay of a body; the body may run once while it does."""
+
+
+class CapturedSampler:
+    """`engine.sampler.sample` for one UNet, chain and batch size B in mode ``clean``, or unguided without a chain."""
+
+    def __init__(
+        self,
+        unet: UNet,
+        table: Table,
+        *,
+        scale: float,
+        shape: tuple[int, int, int, int],
+        context: tuple[int, int, int],
+        classes: int,
+        seed: int,
+        guidance: GuidanceRecipe,
+        chain: Chain | None,
+        kernel: Kernel,
+        device: torch.device,
+        record: Record | None = None,
+    ) -> None:
+        """``shape`` [B, c, h, w] of the latents, ``context`` [B or 2B, T, D]; others as `sample` takes them."""
+        batch, steps = shape[0], table.steps
+        self.table, self.chain, self._record = table, chain, record or record_graph
+        self.guided = guided_steps(guidance, steps) if chain is not None else [False] * steps
+        self.rows, self.timesteps = table.rows.to(device), table.timesteps.to(device)
+        self.z = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
+        self.previous_x0 = torch.zeros_like(self.z)
+        self.alive = torch.ones(batch, dtype=torch.bool, device=device)
+        self.target = torch.zeros(batch, classes, device=device)
+        self.loss = torch.zeros(4, device=device)
+        self.frozen = torch.zeros(steps, dtype=torch.int32, device=device)
+        self.step = start_counter(device)
+        self.ids = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.partners = torch.zeros(steps, batch, dtype=torch.int64, device=device)
+        self.boxes = torch.zeros(steps, batch, 4, dtype=torch.int32, device=device)
+        held = torch.zeros(context, device=device)
+        if isinstance(unet, BufferedUNet):
+            inputs, timestep, self.context = unet.claim(held)
+        else:
+            inputs = torch.zeros(len(held), *shape[1:], device=device).contiguous(memory_format=torch.channels_last)
+            timestep, self.context = torch.zeros(len(held), device=device), held
+        self.next_input = NextInput(inputs, timestep, self.timesteps)
+        scales = torch.full((batch,), scale, dtype=torch.float32, device=device)
+        draw = Draw(seed, self.ids)
+        # Plans are checked where they are made.
+        mixes = {False: None, True: Mix(self.partners, self.boxes, checked=True)}
+        shared = (unet, self.context, self.rows, self.step, scales, self.next_input, draw)
+        self.loops = {mixed: Loop(*shared, mix, self.frozen, guidance, kernel) for mixed, mix in mixes.items()}
+        self.replays: dict[tuple[Kind, bool, bool], Callable[[], None]] = {}
+
+    @torch.no_grad()
+    def __call__(self, context: Tensor, noise: Tensor, sample_ids: Tensor, plan: CutMixPlan) -> Trajectory:
+        """As `sample`; what is returned is the caller's."""
+        table, targets = self.table, plan.targets.to(self.z.device)
+        self.context.copy_(context)
+        self.ids.copy_(sample_ids)
+        mixed = any(plan.mixes)
+        if mixed:
+            self.partners.copy_(plan.partners)
+            self.boxes.copy_(plan.boxes)
+        self.z.copy_(noise.float() * table.initial_scale)
+        self.alive.fill_(True)
+        self.frozen.zero_()
+        self.step.zero_()
+        self.next_input.timestep.copy_(self.timesteps[0].expand_as(self.next_input.timestep))
+        write_input(self.next_input.sample, row_at(self.rows, self.step[:1]).input_scale * self.z)
+        losses = torch.full((table.steps, 4), torch.nan, device=self.z.device)
+        for index in range(table.steps):
+            last = index + 1 == table.steps
+            kind = Kind(self.guided[index], table.draws[index], last, not last and table.looks_back[index + 1])
+            self.target.copy_(targets[index])
+            self._replay(kind, mixed, table.looks_back[index])()
+            if kind.guided:
+                losses[index].copy_(self.loss)
+        return Trajectory(self.z.clone(), self.alive & finite(self.z), targets[-1], losses, self.frozen.clone())
+
+    def _replay(self, kind: Kind, mixed: bool, looks_back: bool) -> Callable[[], None]:
+        key = (kind, mixed, looks_back)
+        if key not in self.replays:
+            state = (self.z, self.previous_x0, self.alive, self.loss, self.frozen, self.step, *self.next_input[:2])
+            before = [tensor.clone() for tensor in state]
+            self.replays[key] = self._record(lambda: self._body(kind, mixed, looks_back))
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
+        return self.replays[key]
+
+    def _body(self, kind: Kind, mixed: bool, looks_back: bool) -> None:
+        chain = self.chain if kind.guided else None
+        previous = self.previous_x0 if looks_back else None
+        (z, x0, alive), loss = self.loops[mixed].clean_step(kind, chain, self.z, previous, self.alive, self.target)
+        self.z.copy_(z)
+        self.alive.copy_(alive)
+        if x0 is not None:
+            self.previous_x0.copy_(x0)
+        if loss is not None:
+            self.loss.copy_(loss)
+
+
+def record_graph(body: Callable[[], None]) -> Callable[[], None]:
+    """Run the body once on a stream of its own, then record it; what is returned replays it on the current stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        body()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # The thread that decodes may go on meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        body()
+    # The graph reads tensors that the body holds.
+    return _Replay(graph, body)
+
+
+class _Replay:
+    def __init__(self, graph: torch.cuda.CUDAGraph, body: Callable[[], None]) -> None:
+        self._graph, self._body = graph, body
+
+    def __call__(self) -> None:
+        self._graph.replay()
