@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from diffdfkd.benchmarks.conditions import QUANTILES, conditions, forget_peak, peak_memory
-from diffdfkd.engine.backends.build import Backend, Refused, Settings, build
+from diffdfkd.engine.backends.build import Backend, Settings, build
 from diffdfkd.engine.backends.choose import MODULES
 from diffdfkd.engine.backends.serve import Subject, run_settings
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.parity import Refused
 from diffdfkd.engine.recipe import Recipe, load_recipe
 from diffdfkd.engine.runner import NoEngine, Runner
 

@@ -1,12 +1,12 @@
 """A stage as an ONNX file: traced, translated, checked, and compared with the stage by ONNX Runtime."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffdfkd.engine.backends.own_folder import DISK
 from diffdfkd.engine.engine_stages import Stage
 from diffdfkd.engine.onnx_files import OPSET, deepest_line, silent
 from diffdfkd.engine.runner import NoEngine
@@ -53,6 +53,8 @@ def export_stage(stage: Stage, folder: Path) -> Mapping[str, Any]:
             onnx.checker.check_model(str(path), full_check=True)
     # Whatever a network's own code, the tracer or the converter raises: the reason is handed on.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise  # that of the folder is at fault, which is for its owner to say
         raise NoEngine(f"{stage.name}: torch.onnx.export refuses it: {deepest_line(error)}") from error
     return {"opset": OPSET, "weights_bytes": weights, "specification": specification.describe()}
 
@@ -98,15 +100,3 @@ def exporter_identity() -> Mapping[str, str]:
         "onnxscript": onnxscript.__version__,
         "opset": str(OPSET),
     }
-
-
-def describe_file(path: Path) -> str:
-    """JSON of a file's inputs and outputs: names, dtypes and shapes, for error messages."""
-    import onnx
-
-    model = onnx.load(path, load_external_data=False)
-    ports = {
-        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*model.graph.input, *model.graph.output)
-    }
-    return json.dumps(ports)

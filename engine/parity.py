@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from diffdfkd.engine.engine_stages import Stage
+from diffdfkd.engine.memory import ran_out
+from diffdfkd.engine.onnx_files import deepest_line
+from diffdfkd.engine.runner import NoEngine
 
 
 class Tolerance(NamedTuple):
@@ -44,6 +47,40 @@ class Parity:
     """Smallest cosine of a gradient with the reference's."""
     fault: str | None
     """Why the engine is refused, in words; None where it is within the tolerance of its precision."""
+
+
+class Refused(NoEngine):
+    """The engine was built and computes something else than eager; it is not kept."""
+
+    def __init__(self, message: str, parity: Parity) -> None:
+        super().__init__(message)
+        self.parity = parity
+
+
+def proven(
+    stage: Stage,
+    engine: str,
+    precision: torch.dtype,
+    run: Callable[..., Sequence[Tensor]],
+    rows: Sequence[int] | None = None,
+) -> Parity:
+    """The parity of an engine, named in words; raises NoEngine where it fails when it is called.
+
+    Raises Refused where it is not within its precision's tolerance.
+    """
+
+    def call(*inputs: Tensor) -> Sequence[Tensor]:
+        try:
+            return run(*inputs)
+        # Each engine has errors of its own.
+        except Exception as error:
+            advice = "; give a smaller synthesis.batch_size, or let it have more memory" if ran_out(error) else ""
+            raise NoEngine(f"{stage.name}: {engine} fails when it is called: {deepest_line(error)}{advice}") from error
+
+    parity = measure_parity(stage, call, rows=rows, precision=precision)
+    if parity.fault is not None:
+        raise Refused(f"{stage.name}: {engine} differs from eager ({parity.fault}); it is not used", parity)
+    return parity
 
 
 def measure_parity(
@@ -85,7 +122,7 @@ def measure_parity(
             max_abs = max(max_abs, float((a - b).abs().max()))
             if port.name in stage.gradients:
                 gradient = max(gradient or 0.0, error)
-                found = float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+                found = _cosine(a.flatten(), b.flatten())
                 cosine = min(1.0 if cosine is None else cosine, found)
                 if not (error <= tolerance.gradients and found >= tolerance.cosine):
                     fault = fault or (
@@ -97,6 +134,12 @@ def measure_parity(
                 if not error <= tolerance.values:
                     fault = fault or f"{where}: relative error {error:.1e}, {tolerance.values:g} is allowed"
     return Parity(rows, max_abs, relative, gradient, cosine, fault)
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    """Two vectors of zeros point the same way."""
+    sizes = float(a.norm() * b.norm())
+    return float(a @ b) / sizes if sizes else float(torch.equal(a, b))
 
 
 def usual_rows(stage: Stage) -> tuple[int, ...]:

@@ -56,7 +56,8 @@ class Runner(ABC):
         """Outputs for the first ``rows`` of the input buffers, in the specification's order."""
 
     def views(self, rows: int) -> Sequence[Tensor]:
-        """The first ``rows`` of each input buffer, in the specification's order."""
+        """The first ``rows`` of each input buffer, in the specification's order; ValueError for more than there are."""
+        self.specification.check_rows(rows)
         ports = self.specification.inputs
         return [self.inputs[port.name][:rows] if port.batched else self.inputs[port.name] for port in ports]
 

@@ -39,9 +39,13 @@ class Specification:
         names = [port.name for port in (*self.inputs, *self.outputs)]
         if len(set(names)) < len(names):
             raise ValueError(f"{self.name}: two ports have one name")
+        if any(port.batched and not port.shape for port in (*self.inputs, *self.outputs)):
+            raise ValueError(f"{self.name}: a port without dimensions has no batch; batched=False expected")
         batches = {port.shape[0] for port in (*self.inputs, *self.outputs) if port.batched}
-        if len(batches) != 1:
-            raise ValueError(f"{self.name}: its ports have batches of {sorted(batches)} rows; one batch expected")
+        if len(batches) != 1 or not any(port.batched for port in self.inputs):
+            raise ValueError(
+                f"{self.name}: its ports have batches of {sorted(batches)} rows; one, of an input, expected"
+            )
         least, usual, most = self.range
         if not 1 <= least <= usual <= most:
             raise ValueError(f"{self.name}: batches from {least} over {usual} to {most}; ascending ones expected")
@@ -54,7 +58,8 @@ class Specification:
     @property
     def range(self) -> tuple[int, int, int]:
         """Smallest, usual and largest batch in rows."""
-        return self.least or self.rows, self.rows, self.most or self.rows
+        rows = self.rows
+        return rows if self.least is None else self.least, rows, rows if self.most is None else self.most
 
     @property
     def static(self) -> bool:
@@ -67,15 +72,10 @@ class Specification:
         if len(inputs) != len(self.inputs):
             wanted = ", ".join(port.name for port in self.inputs)
             raise ValueError(f"{self.name}: got {len(inputs)} inputs; it takes {wanted}")
-        rows = next(len(value) for value, port in zip(inputs, self.inputs, strict=True) if port.batched)
-        least, _, most = self.range
-        # Fewer rows are padded.
-        if not 1 <= rows <= most:
-            takes = f"up to {most}" if self.static or least == 1 else f"{least} to {most}"
-            raise ValueError(
-                f"{self.name}: a batch of {rows} rows is outside what this engine was built for, {takes}; give smaller "
-                "batches, or build it for larger ones (synthesis.batch_size)"
-            )
+        first = next(value for value, port in zip(inputs, self.inputs, strict=True) if port.batched)
+        # One without dimensions is refused below, by its name.
+        rows = len(first) if first.dim() else 1
+        self.check_rows(rows)
         for value, port in zip(inputs, self.inputs, strict=True):
             if tuple(value.shape) != port.shape_at(rows) or value.dtype != port.dtype:
                 raise ValueError(
@@ -83,6 +83,17 @@ class Specification:
                     f"{list(port.shape_at(rows))} expected"
                 )
         return rows
+
+    def check_rows(self, rows: int) -> None:
+        """ValueError for a batch that this stage does not take; one below the range is padded."""
+        most = self.range[2]
+        if rows < 1:
+            raise ValueError(f"{self.name}: an empty batch; at least one row expected")
+        if rows > most:
+            raise ValueError(
+                f"{self.name}: a batch of {rows} rows is more than this engine was built for, {most}; give smaller "
+                "batches, or build it for larger ones (synthesis.batch_size)"
+            )
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready."""

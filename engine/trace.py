@@ -1,6 +1,6 @@
 """A stage as one flat, forward-only graph of plain operators: gradients taken inside it are part of the graph."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,17 +14,22 @@ from diffdfkd.engine.decompositions import decompositions, whole_resizing
 from diffdfkd.engine.engine_stages import Function, Stage
 
 
-def trace(stage: Stage) -> tuple[torch.export.ExportedProgram, tuple[Tensor, ...]]:
-    """(the program, inputs of the usual batch); nothing is computed.
+def trace(
+    stage: Stage, more: Mapping[Any, Callable[..., Any]] | None = None
+) -> tuple[torch.export.ExportedProgram, tuple[Tensor, ...]]:
+    """(the program, inputs of about the usual batch); nothing is computed.
 
-    The batch is a symbol where the specification says so, else a constant.
+    The batch is a symbol where the specification says so, else a constant. ``more`` are decompositions in the place of
+    those of the same operators.
     """
     specification = stage.specification
-    rows = specification.rows
-    least, _, most = specification.range
+    least, rows, most = specification.range
+    if not specification.static:
+        # Of a single row the exporter would take the batch for a constant.
+        rows = max(rows, 2)
     inputs = stage.examples(rows, 0)
     batched = [not specification.static and port.batched for port in specification.inputs]
-    graph = _graph(stage, inputs, batched)
+    graph = _graph(stage, inputs, batched, {**decompositions(), **(more or {})})
     dynamic = None
     if any(batched):
         # The tracer takes 0 and 1 for constants: a batch of 1 is served by the same graph all the same.
@@ -34,23 +39,27 @@ def trace(stage: Stage) -> tuple[torch.export.ExportedProgram, tuple[Tensor, ...
         return torch.export.export(graph, inputs, dynamic_shapes=dynamic), inputs
 
 
-def _graph(stage: Stage, inputs: Sequence[Tensor], batched: Sequence[bool]) -> GraphModule:
+def _graph(
+    stage: Stage, inputs: Sequence[Tensor], batched: Sequence[bool], table: Mapping[Any, Callable[..., Any]]
+) -> GraphModule:
     function = stage.function  # made outside the trace
     with torch.no_grad():
         if any(batched):
             mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
             fakes = [_fake(mode, value, free) for value, free in zip(inputs, batched, strict=True)]
             with mode, whole_resizing():
-                graph = _tracer(function, "symbolic")(*fakes)
+                graph = _tracer(function, "symbolic", table)(*fakes)
         else:
-            graph = _tracer(function, "fake")(*inputs)
+            graph = _tracer(function, "fake", table)(*inputs)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
 
 
-def _tracer(function: Function, mode: Literal["fake", "symbolic"]) -> Any:
-    return make_fx(function, decomposition_table=decompositions(), tracing_mode=mode, _allow_non_fake_inputs=True)
+def _tracer(
+    function: Function, mode: Literal["fake", "symbolic"], table: Mapping[Any, Callable[..., Any]]
+) -> Callable[..., GraphModule]:
+    return make_fx(function, decomposition_table=table, tracing_mode=mode, _allow_non_fake_inputs=True)
 
 
 def _fake(mode: FakeTensorMode, value: Tensor, batched: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """Stages traced with the decompositions, for tests: what a graph holds, and what it gives."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from diffdfkd.engine.decompositions import decompositions, whole_resizing
+
+aten = torch.ops.aten
 
 PLAIN = {
     *(
@@ -54,26 +56,38 @@ def vjp(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
     return pulled
 
 
-def traced(function: Callable[..., Any], *inputs: Tensor, symbolic: bool = False) -> torch.fx.GraphModule:
-    """The function as a graph, traced without values; with ``symbolic`` its inputs' first dimension is free."""
-    if not symbolic:
-        graph = make_fx(
-            function, decomposition_table=decompositions(), tracing_mode="fake", _allow_non_fake_inputs=True
-        )(*inputs)
+def traced(
+    function: Callable[..., Any], *inputs: Tensor, mode: Literal["real", "fake", "symbolic"] = "fake"
+) -> torch.fx.GraphModule:
+    """The function as a graph; ``fake`` computes nothing, with ``symbolic`` its inputs' first dimension is free too."""
+    tracer = make_fx(
+        function, decomposition_table=decompositions(), tracing_mode=mode, _allow_non_fake_inputs=mode != "real"
+    )
+    if mode == "symbolic":
+        fakes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+        with fakes, whole_resizing():
+            graph = tracer(*[_free(fakes, tensor) for tensor in inputs])
     else:
-        mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-        fakes = []
-        for tensor in inputs:
-            free = [DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * (tensor.dim() - 1)
-            fakes.append(mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=free)))
-        tracer = make_fx(
-            function, decomposition_table=decompositions(), tracing_mode="symbolic", _allow_non_fake_inputs=True
-        )
-        with mode, whole_resizing():
-            graph = tracer(*fakes)
+        graph = tracer(*inputs)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _free(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    sizes = [DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * (tensor.dim() - 1)
+    return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+
+class _Reshaping(torch.fx.Interpreter):
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(aten.reshape.default if target is aten.view.default else target, args, kwargs)
+
+
+def run_eager(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
+    """What a graph gives; some CPU kernels lay their output out otherwise than a trace without values takes it."""
+    with torch.no_grad():
+        return _Reshaping(graph).run(*inputs)
 
 
 def operators(graph: torch.fx.GraphModule) -> set[str]:
@@ -128,7 +142,7 @@ def check_operator(function: Callable[..., Tensor], *shape: int, symbolic: bool 
 
     x = sample(*shape)
     cotangent = sample(*function(x).shape)
-    graph = traced(vjp(function), x, cotangent, symbolic=symbolic)
+    graph = traced(vjp(function), x, cotangent, mode="symbolic" if symbolic else "real")
     assert operators(graph) <= PLAIN, operators(graph) - PLAIN
     more = 2 if symbolic else 0
     fresh = [sample(len(tensor) + more, *tensor.shape[1:]) for tensor in (x, cotangent)]

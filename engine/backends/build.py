@@ -13,7 +13,7 @@ import torch
 from diffdfkd.engine.backends.cache import EngineCache
 from diffdfkd.engine.backends.entry import Entry
 from diffdfkd.engine.engine_stages import Stage
-from diffdfkd.engine.parity import Parity, measure_parity, usual_rows
+from diffdfkd.engine.parity import Parity, Refused, proven, usual_rows
 from diffdfkd.engine.runner import NoEngine, Runner
 
 Backend = Literal["eager", "compiled", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
@@ -22,14 +22,6 @@ Make = Callable[[torch.dtype], Stage]
 """A stage in a precision."""
 
 log = logging.getLogger(__name__)
-
-
-class Refused(NoEngine):
-    """The engine was built and computes something else than eager; it is not kept."""
-
-    def __init__(self, message: str, parity: Parity) -> None:
-        super().__init__(message)
-        self.parity = parity
 
 
 @dataclass(frozen=True)
@@ -94,17 +86,26 @@ def build(make: Make, backend: Backend, precision: torch.dtype, settings: Settin
     stage, entry = prepare(make, backend, precision, settings)
     runner = open_runner(stage, backend, precision, settings, entry.folder)
     parity = _parity(entry.details)
+    kept = parity is not None and not entry.made
     try:
         if parity is None:
             # Built where it could not run.
             parity = proven(stage, backend, precision, runner)
             settings.cache.update(entry, {"parity": asdict(parity)})
-        elif not entry.made:
-            _look(stage, backend, precision, runner)
-    except Refused as reason:
+        elif kept:
+            # One small batch: a teacher's code may have changed since, which no digest sees.
+            proven(stage, backend, precision, runner, rows=(min(usual_rows(stage)),))
+    except NoEngine as reason:
         runner.close()
+        if not isinstance(reason, Refused):
+            raise
         settings.cache.drop(entry, str(reason))
-        raise
+        if not kept:
+            raise
+        # Nor is the graph then what the stage is today.
+        if graph := settings.cache.find("onnx", _graph_identity(stage)):
+            settings.cache.drop(graph, str(reason))
+        return build(make, backend, precision, settings)
     return Built(runner, parity, float(entry.details["seconds"]), not entry.made)
 
 
@@ -120,6 +121,8 @@ def engine_identity(stage: Stage, backend: Backend, precision: torch.dtype, sett
         "package": package_version(backend),
         "device": device_identity(stage.device),
     }
+    if backend == "compiled":
+        identity["flags"] = ["freezing", "row norms"]
     if backend in ("tensorrt", "tensorrt-rtx"):
         identity |= {
             "capabilities": sorted(settings.capabilities),
@@ -129,6 +132,9 @@ def engine_identity(stage: Stage, backend: Backend, precision: torch.dtype, sett
         if settings.capabilities:
             # A plan for named GPUs is the same wherever it is built.
             identity["device"] = "cuda"
+    if backend == "compiled":
+        # Their number stands in its code.
+        identity["threads"] = settings.threads or torch.get_num_threads()
     return identity
 
 
@@ -160,25 +166,29 @@ def package_version(backend: Backend) -> str | None:
 
 def exported(stage: Stage, settings: Settings) -> Entry:
     """The stage as an ONNX file in the cache, compared with the stage by ONNX Runtime where that can run it."""
-    from diffdfkd.engine.export import export_stage, exporter_identity
-
-    identity = {
-        "stage": stage.digest,
-        "specification": stage.specification.describe(),
-        "precision": str(stage.precision).removeprefix("torch."),
-        "exporter": exporter_identity(),
-    }
+    from diffdfkd.engine.export import export_stage
 
     def export(folder: Path) -> Mapping[str, Any]:
         details = dict(export_stage(stage, folder))
         details["parity"] = _file_parity(stage, folder, settings)
         return details
 
-    return settings.cache.obtain("onnx", identity, export)
+    return settings.cache.obtain("onnx", _graph_identity(stage), export)
+
+
+def _graph_identity(stage: Stage) -> Mapping[str, Any]:
+    from diffdfkd.engine.export import exporter_identity
+
+    return {
+        "stage": stage.digest,
+        "specification": stage.specification.describe(),
+        "precision": str(stage.precision).removeprefix("torch."),
+        "exporter": exporter_identity(),
+    }
 
 
 def _file_parity(stage: Stage, folder: Path, settings: Settings) -> Mapping[str, Any] | None:
-    """Of an exported file, by ONNX Runtime on the CPU; None where that cannot run it. Raises Refused."""
+    """Of an exported file, by ONNX Runtime on the CPU; None where that is not there or lacks the type."""
     from diffdfkd.engine.backends.onnxruntime import OnnxRuntimeRunner
     from diffdfkd.engine.export import MODEL
 
@@ -196,10 +206,7 @@ def _file_parity(stage: Stage, folder: Path, settings: Settings) -> Mapping[str,
     def run(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         return runner(*(value.to(cpu) for value in inputs))
 
-    parity = measure_parity(stage, run)
-    if parity.fault is not None:
-        raise Refused(f"{stage.name}: its exported graph differs from eager ({parity.fault})", parity)
-    return asdict(parity)
+    return asdict(proven(stage, "its exported graph", stage.precision, run))
 
 
 def _build(
@@ -225,9 +232,13 @@ def _build(
 
 def _build_plan(stage: Stage, backend: Backend, settings: Settings, folder: Path) -> Mapping[str, Any]:
     from diffdfkd.engine.backends.tensorrt_builder import build_plan
+    from diffdfkd.engine.backends.tensorrt_flavour import load_flavour, targets
     from diffdfkd.engine.export import MODEL
 
     assert backend in ("tensorrt", "tensorrt-rtx")
+    # Said before the export, which takes long.
+    load_flavour(backend)
+    targets(backend, settings.capabilities)
     details = build_plan(
         exported(stage, settings).path(MODEL),
         folder / PLAN,
@@ -244,14 +255,6 @@ def _build_plan(stage: Stage, backend: Backend, settings: Settings, folder: Path
 
 
 PLAN = "plan.engine"
-
-
-def proven(stage: Stage, backend: Backend, precision: torch.dtype, runner: Runner) -> Parity:
-    """The parity of an engine; raises Refused where it is not within its precision's tolerance."""
-    parity = measure_parity(stage, runner, precision=precision)
-    if parity.fault is not None:
-        raise Refused(f"{stage.name}: {backend} differs from eager ({parity.fault}); it is not used", parity)
-    return parity
 
 
 def open_runner(stage: Stage, backend: Backend, precision: torch.dtype, settings: Settings, folder: Path) -> Runner:
@@ -278,21 +281,17 @@ def open_runner(stage: Stage, backend: Backend, precision: torch.dtype, settings
         )
     from diffdfkd.engine.export import MODEL
 
-    model = exported(stage, settings).path(MODEL)
     if backend == "openvino":
-        from diffdfkd.engine.backends.openvino import OpenVinoRunner
+        from diffdfkd.engine.backends.openvino import OpenVinoRunner, load_openvino
 
+        load_openvino(device, precision)  # said before the export, which takes long
+        model = exported(stage, settings).path(MODEL)
         return OpenVinoRunner(model, specification, device, settings.threads, precision)
-    from diffdfkd.engine.backends.onnxruntime import OnnxRuntimeRunner
+    from diffdfkd.engine.backends.onnxruntime import OnnxRuntimeRunner, load_onnxruntime
 
+    load_onnxruntime(device, precision)  # likewise
+    model = exported(stage, settings).path(MODEL)
     return OnnxRuntimeRunner(model, specification, device, settings.threads)
-
-
-def _look(stage: Stage, backend: Backend, precision: torch.dtype, runner: Runner) -> None:
-    """One small batch of an engine from the cache: a teacher's code may have changed since, which no digest sees."""
-    parity = measure_parity(stage, runner, rows=(min(usual_rows(stage)),), precision=precision)
-    if parity.fault is not None:
-        raise Refused(f"{stage.name}: {backend} from the cache differs from eager ({parity.fault})", parity)
 
 
 def _parity(details: Mapping[str, Any]) -> Parity | None:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from diffdfkd.engine.backends.build import Backend, Make, Settings, build, engine_identity, graph_precision
+from diffdfkd.engine.backends.eager import EagerRunner
 from diffdfkd.engine.backends.serve import Subject, run_settings
 from diffdfkd.engine.combinations import guided_steps, round_samples
-from diffdfkd.engine.engine_stages import Stage
+from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.engine.runner import NoEngine, Runner
 
@@ -47,8 +48,6 @@ SECONDS: Mapping[Backend, float] = {
     "tensorrt-rtx": 60,
 }
 """What to expect of a build that is not in the cache, from the demo on two cores (docs/engines.md); a guess."""
-LARGE = 50_000_000
-"""Parameters from which on a build is expected to take longer in proportion."""
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +101,8 @@ def choose(stage_name: str, calls: int, subject: Subject, settings: Settings) ->
     make, precision = subject.make(stage_name), subject.precision
     plain = make(graph_precision("eager", precision))
     inputs = plain.examples(plain.specification.rows, 0)
-    eager = build(make, "eager", precision, settings).runner
+    # Nothing is asked of it: it is what runs where no engine is taken.
+    eager = EagerRunner(plain)
     eager_seconds = _seconds([eager], inputs)[0]
     budget = SHARE * calls * eager_seconds
     found: dict[Backend, float] = {"eager": eager_seconds}
@@ -146,7 +146,7 @@ def _try(
     if before is not None:
         return _remembered(before.details, eager_seconds)
     built = settings.cache.find(backend, engine_identity(stage, backend, precision, settings)) is not None
-    expected = (0.0 if built else SECONDS[backend] * _scale(stage, eager_seconds)) + 6 * eager_seconds
+    expected = (0.0 if built else SECONDS[backend] * _scale(eager_seconds)) + 6 * eager_seconds
     if expected > budget:
         return f"left out (a trial of about {expected:.0f} s would not pay)", None, 0.0
     started = time.perf_counter()
@@ -161,6 +161,9 @@ def _try(
         details = {"ratio": theirs / ours}
     except NoEngine as reason:
         details = {"fault": str(reason)}
+    except UserError as reason:
+        # The cache's folder cannot be used: who asked for no engine can do without.
+        return f"left out ({reason})", None, time.perf_counter() - started
     spent = time.perf_counter() - started
     settings.cache.obtain("trial", {**identity, "engine": backend}, lambda folder: details)
     what, seconds, _ = _remembered(details, eager_seconds)
@@ -174,7 +177,7 @@ def _remembered(details: Mapping[str, Any], eager_seconds: float) -> tuple[str, 
     return _milliseconds(seconds), seconds, 0.0
 
 
-def _scale(stage: Stage, eager_seconds: float) -> float:
+def _scale(eager_seconds: float) -> float:
     """How much longer than the demo's a build is expected to take, by the size of what a call computes."""
     return max(1.0, eager_seconds / 2)
 

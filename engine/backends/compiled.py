@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdfkd.engine.backends.channel_rows import row_norms
+from diffdfkd.engine.backends.own_folder import DISK
 from diffdfkd.engine.engine_stages import Stage
 from diffdfkd.engine.onnx_files import deepest_line, silent
 from diffdfkd.engine.runner import NoEngine, Runner
@@ -23,11 +25,13 @@ def compile_stage(stage: Stage, folder: Path) -> Mapping[str, Any]:
     settings: dict[str, Any] = {"freezing": True} if stage.device.type == "cpu" else {}
     try:
         with silent(), torch.no_grad():
-            program, _ = trace(stage)
+            program, _ = trace(stage, row_norms() if stage.device.type == "cpu" else None)
             with torch._inductor.config.patch(settings):
                 aoti_compile_and_package(program, package_path=str(folder / PACKAGE))
     # Whatever a network's own code, the tracer, Inductor or the C++ compiler raise: the reason is handed on.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise  # that of the folder is at fault, which is for its owner to say
         raise NoEngine(f"{stage.name}: torch's compiler refuses it: {deepest_line(error)}") from error
     return {"specification": stage.specification.describe()}
 

@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffdfkd.engine.backends.onnx_ports import Found, compare_ports
 from diffdfkd.engine.onnx_files import deepest_line
 from diffdfkd.engine.runner import NoEngine, Runner
 from diffdfkd.engine.specification import Specification
 
 NUMPY: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.bool: np.bool_, torch.float16: np.float16}
+TYPES = {"tensor(float)": torch.float32, "tensor(bool)": torch.bool, "tensor(float16)": torch.float16}
 
 
 class OnnxRuntimeRunner(Runner):
@@ -37,25 +39,13 @@ class OnnxRuntimeRunner(Runner):
         # The runtime has errors of its own for each thing that can be wrong with a file.
         except Exception as error:
             raise NoEngine(f"{model}: ONNX Runtime refuses it: {deepest_line(error)}") from None
-        self._compare(model)
+        values = (*self._session.get_inputs(), *self._session.get_outputs())
+        compare_ports(specification, [_found(value) for value in values], model)
         self._outputs = {
             port.name: torch.empty(port.shape_at(specification.range[2]), dtype=port.dtype, device=device)
             for port in specification.outputs
         }
         self._bindings: dict[int, Any] = {}
-
-    def _compare(self, model: Path) -> None:
-        """NoEngine for a file of another stage."""
-        names = [value.name for value in (*self._session.get_inputs(), *self._session.get_outputs())]
-        wanted = [port.name for port in (*self.specification.inputs, *self.specification.outputs)]
-        if names != wanted:
-            raise NoEngine(f"{model}: a graph of {', '.join(names)}; {', '.join(wanted)} expected")
-        shapes = [value.shape for value in self._session.get_inputs()]
-        for port, shape in zip(self.specification.inputs, shapes, strict=True):
-            fixed = [b for a, b in zip(shape, port.shape, strict=False) if isinstance(a, int)]
-            given = [a for a in shape if isinstance(a, int)]
-            if len(shape) != len(port.shape) or given != fixed:
-                raise NoEngine(f"{model}: {port.name} has shape {shape}; {list(port.shape)} expected")
 
     def run(self, rows: int) -> tuple[Tensor, ...]:
         if rows not in self._bindings:
@@ -79,9 +69,16 @@ class OnnxRuntimeRunner(Runner):
         return binding
 
 
-def load_onnxruntime(device: torch.device) -> Any:
-    """The module, once it is known to have a provider for the device; NoEngine with the cure otherwise."""
+def _found(value: Any) -> Found:
+    shape = tuple(size if isinstance(size, int) else None for size in value.shape)
+    return Found(value.name, TYPES.get(value.type), shape)
+
+
+def load_onnxruntime(device: torch.device, precision: torch.dtype = torch.float32) -> Any:
+    """The module, once it is known to serve device and precision; NoEngine with the cure otherwise."""
     cuda = device.type == "cuda"
+    if not cuda and precision == torch.bfloat16:
+        raise NoEngine("ONNX Runtime has no bfloat16 on a CPU; give engine.precision=float32, or take another engine")
     extra = "onnxruntime-gpu" if cuda else "onnxruntime"
     try:
         import onnxruntime

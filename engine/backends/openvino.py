@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdfkd.engine.onnx_files import deepest_line
+from diffdfkd.engine.backends.onnx_ports import Found, compare_ports
 from diffdfkd.engine.runner import NoEngine, Runner
 from diffdfkd.engine.specification import Specification
 
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+TYPES = {"f32": torch.float32, "boolean": torch.bool, "f16": torch.float16}
 
 
 class OpenVinoRunner(Runner):
@@ -27,9 +28,7 @@ class OpenVinoRunner(Runner):
         precision: torch.dtype,
     ) -> None:
         super().__init__(specification, device)
-        openvino = load_openvino(device)
-        if precision not in PRECISIONS:
-            raise NoEngine(f"OpenVINO computes in float32 or bfloat16 on a CPU; {precision} was asked for")
+        openvino = load_openvino(device, precision)
         core = openvino.Core()
         settings = {
             # Left out, it would take bfloat16 by itself wherever the processor has it.
@@ -41,13 +40,10 @@ class OpenVinoRunner(Runner):
         }
         try:
             graph = core.read_model(str(model))
-            names = [port.any_name for port in (*graph.inputs, *graph.outputs)]
-            wanted = [port.name for port in (*specification.inputs, *specification.outputs)]
-            if names != wanted:
-                raise NoEngine(f"{model}: a graph of {', '.join(names)}; {', '.join(wanted)} expected")
+            compare_ports(specification, [_found(port) for port in (*graph.inputs, *graph.outputs)], model)
             self._compiled = core.compile_model(graph, "CPU", settings)
         except RuntimeError as error:
-            raise NoEngine(f"{model}: OpenVINO refuses it: {deepest_line(error)}") from None
+            raise NoEngine(f"{model}: OpenVINO refuses it: {_reason(error)}") from None
         self._openvino = openvino
         self._outputs = {
             port.name: torch.empty(port.shape_at(specification.range[2]), dtype=port.dtype, device=device)
@@ -78,8 +74,25 @@ class OpenVinoRunner(Runner):
         return request, tuple(outputs)
 
 
-def load_openvino(device: torch.device) -> Any:
-    """The module; NoEngine with the cure where it is not there, or the device is none of its."""
+def _found(port: Any) -> Found:
+    shape = tuple(size.get_length() if size.is_static else None for size in port.partial_shape)
+    return Found(port.any_name, TYPES.get(port.element_type.get_type_name()), shape)
+
+
+def _reason(error: RuntimeError) -> str:
+    """What it says in one line, without where in OpenVINO's own sources it came about."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith("Exception from ")]
+    return " ".join(told)[:300] or "it gave no reason"
+
+
+def load_openvino(device: torch.device, precision: torch.dtype = torch.float32) -> Any:
+    """The module; NoEngine with the cure where it is not there, or serves neither device nor precision."""
+    if precision not in PRECISIONS:
+        raise NoEngine(
+            f"OpenVINO computes in float32 or bfloat16, and {str(precision).removeprefix('torch.')} was asked for; "
+            "give engine.precision=bfloat16, or take another engine"
+        )
     if device.type != "cpu":
         raise NoEngine(f"OpenVINO runs on the CPU here, and the device is {device.type}; take another engine")
     try:

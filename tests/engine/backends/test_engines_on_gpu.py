@@ -12,23 +12,33 @@ from diffdfkd.engine.backends.unet_attention import settle_attention
 from diffdfkd.engine.painter import Models, Painter
 from diffdfkd.engine.recipe import Recipe, load_recipe
 from diffdfkd.engine.runner import NoEngine
+from diffdfkd.recipes.launch import settle_machine
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 BATCH = 16
+STAGES = ("unet", "chain", "vjp", "decoder")
+HALF = (torch.float16, torch.bfloat16)
+CASES = [
+    *((engine, stage, torch.float32) for engine in ("onnxruntime", "tensorrt", "tensorrt-rtx") for stage in STAGES),
+    *((engine, stage, torch.float16) for engine in ("tensorrt", "tensorrt-rtx") for stage in STAGES),
+    *(("eager", stage, precision) for stage in STAGES for precision in HALF),
+    # Each takes up to a minute to compile.
+    *(("compiled", stage, precision) for stage in ("unet", "chain") for precision in (torch.float32, torch.bfloat16)),
+    *(("compiled", stage, torch.float16) for stage in ("vjp", "decoder")),
+]
 
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    cache = tmp_path_factory.mktemp("cache")
+    # Of all processes of a parallel session, so that each engine is built once.
+    cache = tmp_path_factory.getbasetemp().parent / "engines"
     return subject_from("fashion", ["device=cuda", f"synthesis.batch_size={BATCH}", f"engine.cache={cache}"])
 
 
-@pytest.mark.parametrize("stage", ["unet", "chain", "vjp", "decoder"])
-@pytest.mark.parametrize("precision", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("engine", ["eager", "compiled", "onnxruntime", "tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize(("engine", "stage", "precision"), CASES)
 def test_an_engine_computes_what_eager_does(subject: Subject, engine: str, precision: torch.dtype, stage: str) -> None:
     settings = run_settings(subject.recipe)
     if engine != "eager":
@@ -44,12 +54,14 @@ def test_an_engine_computes_what_eager_does(subject: Subject, engine: str, preci
     assert again.cached or (engine == "eager" and precision == torch.float32)
 
 
-def paint(subject: Subject, **engine: str) -> torch.Tensor:
+def paint(subject: Subject, batches: int = 1, **engine: str) -> torch.Tensor:
+    """Images of the first batch, made again after others where more are asked for."""
     recipe = subject.recipe
     recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update=engine)})
     ids = torch.arange(BATCH)
     with Painter(recipe, Models(subject.prior, subject.teacher), 0) as painter:
-        painting = painter.paint(ids, ids % 10)
+        for batch in reversed(range(batches)):
+            painting = painter.paint(ids + BATCH * batch, ids % 10)
     assert painting.alive.all()
     return painting.images.float()
 
@@ -62,6 +74,24 @@ def test_guided_images_of_compiled_engines_are_those_of_eager(subject: Subject) 
     # A chain that steered elsewhere, or not at all, would be far off.
     unguided = paint(Subject(unguided_recipe(subject.recipe), subject.prior, subject.teacher, subject.context))
     assert (eager - unguided).abs().mean() > 3 * (eager - compiled).abs().mean()
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["synthesis.sampler=dpmsolver++", "cutmix.every=3", "cutmix.partner=any"],
+        ["synthesis.sampler=ddpm", "guidance.window=[0,0.5]"],
+        ["synthesis.guidance_scale=2.0", "guidance.mode=none"],
+    ],
+)
+def test_recorded_steps_are_those_that_were_recorded(subject: Subject, engine: str, settings: list[str]) -> None:
+    fixed = ["device=cuda", f"synthesis.batch_size={BATCH}", f"engine.cache={subject.recipe.engine.cache}"]
+    recipe = settle_machine(load_recipe("fashion", [*fixed, f"engine={engine}", *settings]))
+    varied = Subject(recipe, subject.prior, subject.teacher, subject.context)
+    launched, recorded = paint(varied, cuda_graph="off"), paint(varied, cuda_graph="auto", batches=3)
+    assert torch.equal(launched, recorded)
 
 
 def unguided_recipe(recipe: Recipe) -> Recipe:
