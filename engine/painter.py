@@ -241,7 +241,7 @@ class Painter:
         recipe = self.recipe
         if (
             self.device.type != "cuda"
-            or recipe.engine.cuda_graph == "off"
+            or recipe.engine.cuda_graph == "never"
             or recipe.kernel == "reference"
             or recipe.guidance.mode not in ("clean", "none")
             or batch != recipe.synthesis.batch_size

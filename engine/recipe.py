@@ -108,8 +108,8 @@ class EngineRecipe(Section):
     """Arithmetic of the networks inside the engines; that of ``prior.dtype`` by default. Never chosen by ``auto``."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """Of the UNet where torch itself runs it; xformers needs CUDA."""
-    cuda_graph: Literal["auto", "off"] = "auto"
-    """On CUDA, steps of mode ``clean`` at a whole batch are recorded once and replayed; ``off`` launches kernel by
+    cuda_graph: Literal["auto", "never"] = "auto"
+    """On CUDA, steps of mode ``clean`` at a whole batch are recorded once and replayed; ``never`` launches kernel by
     kernel."""
     capabilities: list[Annotated[str, Field(pattern=r"^SM\d+$")]] = []
     """Compute capabilities, such as SM89, that ``diffdfkd build`` makes TensorRT-RTX engines for; by default that of

@@ -27,7 +27,8 @@ def trace(
     if not specification.static:
         # Of a single row the exporter would take the batch for a constant.
         rows = max(rows, 2)
-    inputs = stage.examples(rows, 0)
+    # As the buffers of a runner lie: a compiler may hold on to strides.
+    inputs = tuple(value.contiguous() for value in stage.examples(rows, 0))
     batched = [not specification.static and port.batched for port in specification.inputs]
     graph = _graph(stage, inputs, batched, {**decompositions(), **(more or {})})
     dynamic = None

@@ -27,30 +27,28 @@ class Extra:
     needs_gpu: bool = False
 
 
-PLANNED = "not used by the engine yet"
-
 EXTRAS: dict[str, Extra] = {
     "tensorrt": Extra(
         brings="engines for the UNet and the guidance chain on NVIDIA data-centre and consumer GPUs",
-        used=f"{PLANNED}: planned",
+        used="runs UNet and guidance chain (engine=tensorrt); never tried on a GPU yet",
         # Never a Runtime without a GPU: it crashes the process.
         probe="import tensorrt; tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.ERROR))",
         needs_gpu=True,
     ),
     "tensorrt-rtx": Extra(
-        brings="the same for GeForce RTX cards; its engines can be built without a GPU",
-        used=f"{PLANNED}: planned",
+        brings="the same for GeForce RTX cards; its engines can be built without a GPU (diffdfkd build)",
+        used="builds engines here; runs them on RTX cards (engine=tensorrt-rtx), which was never tried",
         probe="import tensorrt_rtx as trt; trt.Builder(trt.Logger(trt.Logger.ERROR))",
         needs_gpu=True,
     ),
     "onnxruntime": Extra(
         brings="a way to run student.onnx without torch, and faster UNets on CPUs",
-        used="checks student.onnx against the network; UNets through it are planned",
+        used="checks student.onnx and exported stages; runs UNet and guidance chain (engine=onnxruntime)",
         probe="import onnxruntime; assert 'CPUExecutionProvider' in onnxruntime.get_available_providers()",
     ),
     "onnxruntime-gpu": Extra(
         brings="the same on an NVIDIA GPU; replaces onnxruntime, since both install the same module",
-        used=f"{PLANNED}: planned",
+        used="runs UNet and guidance chain (engine=onnxruntime); never tried on a GPU yet",
         probe=(
             "import onnxruntime; assert 'CUDAExecutionProvider' in onnxruntime.get_available_providers(), "
             "'this onnxruntime has no CUDAExecutionProvider'"
@@ -59,12 +57,12 @@ EXTRAS: dict[str, Extra] = {
     ),
     "openvino": Extra(
         brings="faster UNets on CPUs with bfloat16 units, and on Intel GPUs",
-        used=f"{PLANNED}: planned",
+        used="runs UNets on CPUs (engine=openvino); its gradients are refused where they are wrong",
         probe="import openvino; assert openvino.Core().available_devices",
     ),
     "xformers": Extra(
         brings="another implementation of attention, for GPUs where torch's own is slower",
-        used=f"{PLANNED}: planned; torch's own attention is used",
+        used="attention of UNets in torch (engine.attention), where it works and is faster",
         probe="import xformers.ops",
         needs_gpu=True,
     ),

@@ -1,7 +1,10 @@
 """Fixtures shared by all tests: tiny priors in diffusers' Stable Diffusion format, made here with random weights."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +20,10 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, torch.get_num
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before anything imports triton: its kernels run on CPU tensors, but for ``-m gpu``, where they are compiled."""
+    # Engines that tests build are nobody's, and those that a user has built are none of the tests'.
+    cache = tempfile.mkdtemp(prefix="diffdfkd-engines-")
+    os.environ["DIFFDFKD_CACHE"] = cache
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
     if config.getoption("markexpr", "").strip() != "gpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
 

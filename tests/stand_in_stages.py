@@ -35,14 +35,18 @@ def stand_in(
     least: int | None = None,
     most: int | None = None,
     digest: str = "0" * 64,
+    factor: float = 1.0,
     spoil: Callable[[Tensor], Tensor] = lambda made: made,
 ) -> Stage:
-    """`SmallStage`, with float32 ports; ``spoil`` changes what the stage gives, but not what its reference gives."""
+    """`SmallStage`, times a factor, with float32 ports.
+
+    ``spoil`` changes what the stage gives in its own precision, and in float32 only if that is it.
+    """
 
     def made(dtype: torch.dtype) -> Function:
         network = small_stage.SmallStage(dtype).requires_grad_(False)
         last = spoil if dtype == precision else (lambda made: made)
-        return lambda latent, time: (last(network(latent.to(dtype), time.to(dtype)).float()),)
+        return lambda latent, time: (last(factor * network(latent.to(dtype), time.to(dtype)).float()),)
 
     specification = small_stage.specify(least=least, most=most, rows=rows)
 
@@ -65,7 +69,8 @@ def gradient_stand_in(precision: torch.dtype = torch.float32, rows: int = 4) -> 
                 leaf = latent.detach().requires_grad_()
                 output = network(leaf.to(dtype), time.to(dtype)).float()
                 (gradient,) = torch.autograd.grad(output, leaf, cotangent)
-            return gradient, output.detach().square().mean((0, 2, 3))
+            # Rows of zeros, with which a batch is padded, add nothing.
+            return gradient, latent.square().sum((0, 2, 3))
 
         return function
 

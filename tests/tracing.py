@@ -1,6 +1,7 @@
 """Stages traced with the decompositions, for tests: what a graph holds, and what it gives."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,9 @@ PLAIN = {
 """What a traced graph may hold: forward operators that ONNX and TensorRT have, without a scatter among them."""
 
 
+_table = cache(decompositions)
+
+
 def vjp(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
     """(x, cotangent, *others) -> the function's output, and its vector-Jacobian product with respect to x."""
 
@@ -60,9 +64,7 @@ def traced(
     function: Callable[..., Any], *inputs: Tensor, mode: Literal["real", "fake", "symbolic"] = "fake"
 ) -> torch.fx.GraphModule:
     """The function as a graph; ``fake`` computes nothing, with ``symbolic`` its inputs' first dimension is free too."""
-    tracer = make_fx(
-        function, decomposition_table=decompositions(), tracing_mode=mode, _allow_non_fake_inputs=mode != "real"
-    )
+    tracer = make_fx(function, decomposition_table=_table(), tracing_mode=mode, _allow_non_fake_inputs=mode != "real")
     if mode == "symbolic":
         fakes = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         with fakes, whole_resizing():

@@ -1,5 +1,8 @@
 """Torch's Inductor, ahead of time: the traced stage as a package of machine code that loads in a moment."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,14 @@ from diffdfkd.engine.specification import Specification
 from diffdfkd.engine.trace import trace
 
 PACKAGE = "model.pt2"
+TRIAL = """
+import json, sys, torch
+asked = json.loads(sys.argv[1])
+inputs = [torch.zeros(shape, dtype=getattr(torch, dtype), device=asked["device"]) for shape, dtype in asked["ports"]]
+with torch.no_grad():
+    torch._inductor.aoti_load_package(asked["package"])(*inputs)
+"""
+"""Run in a process of its own, which a bad package may take with it."""
 
 
 def compile_stage(stage: Stage, folder: Path) -> Mapping[str, Any]:
@@ -33,7 +44,20 @@ def compile_stage(stage: Stage, folder: Path) -> Mapping[str, Any]:
         if isinstance(error, OSError) and error.errno in DISK:
             raise  # that of the folder is at fault, which is for its owner to say
         raise NoEngine(f"{stage.name}: torch's compiler refuses it: {deepest_line(error)}") from error
+    _refuse_crash(folder / PACKAGE, stage)
     return {"specification": stage.specification.describe()}
+
+
+def _refuse_crash(package: Path, stage: Stage) -> None:
+    """NoEngine where loading and calling the package ends a process, as one did on a processor with AMX."""
+    most = stage.specification.range[2]
+    ports = [(port.shape_at(most), str(port.dtype).removeprefix("torch.")) for port in stage.specification.inputs]
+    asked = json.dumps({"package": str(package), "device": str(stage.device), "ports": ports})
+    answer = subprocess.run([sys.executable, "-c", TRIAL, asked], capture_output=True, text=True, errors="replace")
+    if answer.returncode:
+        lines = [line.strip() for line in answer.stderr.splitlines() if line.strip()]
+        how = f"signal {-answer.returncode}" if answer.returncode < 0 else (lines or ["no word"])[-1][:200]
+        raise NoEngine(f"{stage.name}: the compiled package does not run here ({how})")
 
 
 class CompiledRunner(Runner):
