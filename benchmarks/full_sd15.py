@@ -170,9 +170,10 @@ def measure(dtype: str, teacher_size: int) -> dict[str, Any]:
         return call
 
     with Painter(recipe, Models(prior, teacher), 0) as painter:
-        assert painter.chain is not None
-        painter.unet = timed("unet", painter.unet)
-        painter.chain = timed("chain", painter.chain)
+        denoiser = painter.denoiser
+        assert denoiser.chain is not None
+        denoiser.unet = timed("unet", denoiser.unet)
+        denoiser.chain = timed("chain", denoiser.chain)
         painter.decode = timed("decode", painter.decode)
         painting = painter.paint(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     return {

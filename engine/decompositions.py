@@ -137,9 +137,29 @@ def convolution_backward(
         for dimension, size in enumerate(x.shape[2:], 2):
             made = made if made.shape[dimension] == size else aten.slice(made, dimension, 0, size)
         return made, None, None
-    places = zip(x.shape[2:], gradient.shape[2:], kernel, stride, padding, dilation, strict=True)
-    rest = [int(size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)) for size, out, k, s, p, d in places]
-    return aten.convolution(gradient, weight, None, stride, padding, dilation, True, rest, groups), None, None
+    margins = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    if set(stride) == {1} and min(margins) >= 0:
+        turned = _adjoint(weight, groups)
+        made = aten.convolution(gradient, turned, None, stride, margins, dilation, False, none, groups)
+        return made, None, None
+    # How far beyond the windows' last places the input reaches.
+    places = zip(x.shape[2:], gradient.shape[2:], stride, padding, margins, strict=True)
+    rest = [int(size - ((out - 1) * s - p + margin + 1)) for size, out, s, p, margin in places]
+    # TensorRT has no transposed convolution in bfloat16.
+    wide = torch.float32 if gradient.dtype == torch.bfloat16 else gradient.dtype
+    made = aten.convolution(gradient.to(wide), weight.to(wide), None, stride, padding, dilation, True, rest, groups)
+    return made.to(gradient.dtype), None, None
+
+
+def _adjoint(weight: Tensor, groups: int) -> Tensor:
+    """[groups O, I, ...] -> [groups I, O, ...], turned around: a plain convolution is an engine's fastest."""
+    outputs, inputs, *kernel = weight.shape
+    if groups == 1:
+        turned = weight.transpose(0, 1)
+    else:
+        turned = weight.reshape(groups, outputs // groups, inputs, *kernel).transpose(1, 2)
+        turned = turned.reshape(groups * inputs, outputs // groups, *kernel)
+    return turned.flip([*range(2, weight.dim())]) if max(kernel) > 1 else turned
 
 
 def as_strided(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Any:

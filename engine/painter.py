@@ -13,31 +13,18 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from diffdfkd.engine.backends.serve import (
-    EngineChain,
-    EngineUNet,
-    EngineVjp,
-    Subject,
-    open_engine,
-    run_settings,
-    serves_itself,
-)
-from diffdfkd.engine.backends.unet_attention import use_attention
-from diffdfkd.engine.captured import CapturedSampler
+from diffdfkd.engine.backends.serve import Subject
 from diffdfkd.engine.classifier import Classifier, convert_channels
 from diffdfkd.engine.cutmix import CutMixPlan, plan_cutmix
-from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.denoiser import Denoiser
 from diffdfkd.engine.memory import fitting, machine_memory, refuse_more
 from diffdfkd.engine.pixels import encode_image
 from diffdfkd.engine.plan import SAMPLES_PER_ROUND, ShardPlan, class_labels, lasting, sample_ids, weights_digest
 from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.recipe import Recipe
-from diffdfkd.engine.runner import Runner
-from diffdfkd.engine.sampler import Trajectory, sample
-from diffdfkd.engine.schedule import make_table
+from diffdfkd.engine.sampler import Trajectory
 from diffdfkd.engine.shards import Sample
-from diffdfkd.engine.stages import Chain, UNet, decode_stage, finite, guidance_chain, unet_stage
-from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.engine.stages import decode_stage, finite
 from diffdfkd.kernels.philox import INITIAL_NOISE, philox_normal
 
 LOSSES = ("total", "class", "batchnorm", "adversarial")
@@ -103,46 +90,14 @@ class Painter:
     def __init__(self, recipe: Recipe, models: Models, round: int) -> None:
         self.recipe, self.round, self.prior = recipe, round, models.prior
         self.device = next(models.prior.unet.parameters()).device
-        synthesis, guidance = recipe.synthesis, recipe.guidance
-        self.table = make_table(synthesis.sampler, models.prior.scheduler_config, synthesis.steps, self.device)
-        dtype = getattr(torch, recipe.prior.dtype)
-        use_attention(models.prior.unet, recipe.engine.attention)
-        self.unet: UNet = unet_stage(models.prior, dtype, synthesis.guidance_scale)
-        # A UNet that is told the scale runs once, on the prompt alone.
-        self.scale = 1.0 if models.prior.guidance_width is not None else synthesis.guidance_scale
-        if self.scale != synthesis.guidance_scale and guidance.mode != "none" and guidance.rho_rule == "cfg":
-            raise UserError(
-                "guidance.rho_rule: cfg needs an unconditional half, but this prior's UNet takes the guidance scale as "
-                "an input; take unit or raw"
-            )
-        self.decode = decode_stage(models.prior, dtype)
+        self.decode = decode_stage(models.prior, getattr(torch, recipe.prior.dtype))
         self.context, self.rows = embed_prompts(models.prior, class_prompts(recipe))
-        self.taps: BatchNormTaps | None = None
-        self.chain: Chain | None = None
-        self.vjp: EngineVjp | None = None
-        self.runners: list[Runner] = []
-        self._second: Any = None
-        self._recorded: CapturedSampler | None = None
         student = models.student if uses_student(recipe, round) else None
-        subject = Subject(recipe, models.prior, models.teacher, self.context, student)
-        if not serves_itself(recipe, recipe.engine.unet):
-            self.unet = EngineUNet(self._open(subject, "unet", recipe.engine.unet))
-            if guidance.mode in ("exact", "reuse"):
-                self.vjp = EngineVjp(self._open(subject, "vjp", recipe.engine.unet))
-        if guidance.mode != "none":
-            if not serves_itself(recipe, recipe.engine.chain):
-                self.chain = EngineChain(self._open(subject, "chain", recipe.engine.chain), student)
-            else:
-                self.taps = BatchNormTaps(models.teacher.model) if guidance.batchnorm_weight > 0 else None
-                self.chain = guidance_chain(
-                    self.decode, models.teacher, self.taps, guidance, student, kernel=recipe.kernel
-                )
-
-    def _open(self, subject: Subject, stage: str, backend: str) -> Runner:
-        if not hasattr(self, "_settings"):
-            self._settings = run_settings(self.recipe)
-        self.runners.append(open_engine(subject, stage, backend, self._settings).runner)
-        return self.runners[-1]
+        # Guidance goes through whatever decodes the images.
+        self.denoiser = Denoiser(
+            Subject(recipe, models.prior, models.teacher, self.context, student), lambda latents: self.decode(latents)
+        )
+        self._second: Any = None
 
     def __enter__(self) -> Self:
         return self
@@ -150,10 +105,7 @@ class Painter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.taps is not None:
-            self.taps.remove()
-        for runner in self.runners:
-            runner.close()
+        self.denoiser.close()
 
     def paint(self, ids: Tensor, classes: Tensor, *, guided: bool = True, mixed: bool = True) -> Painting:
         """Samples of the ids [B] and classes [B] int64; optionally without guidance or without CutMix.
@@ -204,64 +156,16 @@ class Painter:
     def _denoise(self, ids: Tensor, classes: Tensor, guided: bool, mixed: bool) -> tuple[CutMixPlan, Trajectory]:
         recipe = self.recipe
         ids, classes = ids.to(self.device), classes.to(self.device)
-        guidance, cutmix = recipe.guidance, recipe.cutmix
-        if not guided:
-            guidance = guidance.model_copy(update={"mode": "none"})
-        if not mixed:
-            cutmix = cutmix.model_copy(update={"every": 0})
+        cutmix = recipe.cutmix if mixed else recipe.cutmix.model_copy(update={"every": 0})
         shape = self.prior.latent_shape
         plan = plan_cutmix(
             cutmix, classes, len(recipe.teacher.classes), recipe.synthesis.steps, shape[1:], recipe.seed, ids
         )
         context = self.context[self.rows[classes]]
-        if self.scale != 1:
+        if self.denoiser.scale != 1:
             context = torch.cat([self.context[-1:].expand_as(context), context])
-        captured = self._captured(len(ids), context.shape) if guided == (self.chain is not None) else None
         noise = philox_normal(recipe.seed, ids, 0, INITIAL_NOISE, shape)
-        if captured is not None:
-            return plan, captured(context, noise, ids, plan)
-        trajectory = sample(
-            self.unet,
-            self.table,
-            context,
-            scale=self.scale,
-            noise=noise,
-            sample_ids=ids,
-            seed=recipe.seed,
-            chain=self.chain if guided else None,
-            guidance=guidance,
-            plan=plan,
-            kernel=recipe.kernel,
-            vjp=self.vjp,
-        )
-        return plan, trajectory
-
-    def _captured(self, batch: int, context: torch.Size) -> CapturedSampler | None:
-        """The recorded steps for a whole batch, where the recipe, the device and the mode allow them."""
-        recipe = self.recipe
-        if (
-            self.device.type != "cuda"
-            or recipe.engine.cuda_graph == "never"
-            or recipe.kernel == "reference"
-            or recipe.guidance.mode not in ("clean", "none")
-            or batch != recipe.synthesis.batch_size
-        ):
-            return None
-        if self._recorded is None:
-            self._recorded = CapturedSampler(
-                self.unet,
-                self.table,
-                scale=self.scale,
-                shape=(batch, *self.prior.latent_shape),
-                context=(context[0], context[1], context[2]),
-                classes=len(recipe.teacher.classes),
-                seed=recipe.seed,
-                guidance=recipe.guidance,
-                chain=self.chain,
-                kernel=recipe.kernel,
-                device=self.device,
-            )
-        return self._recorded
+        return plan, self.denoiser(context, noise, ids, plan, guided=guided)
 
     @torch.no_grad()
     def _finish(self, latents: Tensor) -> tuple[Tensor, Tensor]:

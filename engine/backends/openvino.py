@@ -1,5 +1,6 @@
 """OpenVINO: the exported float32 graph on the CPU, in a precision that is said and never guessed."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,8 @@ def _found(port: Any) -> Found:
 
 def _reason(error: RuntimeError) -> str:
     """What it says in one line, without where in OpenVINO's own sources it came about."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines if line and not line.startswith("Exception from ")]
-    return " ".join(told)[:300] or "it gave no reason"
+    told = re.sub(r"(Exception from|Check '.*?' failed at) src/\S+:\d+:", "", str(error), flags=re.DOTALL)
+    return " ".join(told.split())[:300] or "it gave no reason"
 
 
 def load_openvino(device: torch.device, precision: torch.dtype = torch.float32) -> Any:

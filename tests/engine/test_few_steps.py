@@ -68,14 +68,14 @@ def paint(prior: Prior, sampler: str, steps: int, scale: float, **guidance: Any)
     )
     rows: list[int] = []
     with Painter(recipe, Models(prior, teacher()), 0) as painter:
-        unet = painter.unet
+        unet = painter.denoiser.unet
 
         def counted(sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
             rows.append(len(sample))
             assert len(sample) == len(timestep) == len(context)
             return unet(sample, timestep, context)
 
-        painter.unet = counted
+        painter.denoiser.unet = counted
         return painter.paint(torch.arange(6), torch.arange(6) % 3), rows
 
 

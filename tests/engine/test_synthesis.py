@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from diffdfkd.engine import painter, plan, shards
+from diffdfkd.engine import denoiser, painter, plan, shards
 from diffdfkd.engine.classifier import Classifier, Preprocessing
 from diffdfkd.engine.combinations import round_samples
 from diffdfkd.engine.errors import UserError
@@ -254,14 +254,14 @@ def test_what_does_not_shape_images_may_change(make, models, tmp_path):
 
 def test_noise_depends_on_seed_and_sample_alone(make, models, tmp_path, monkeypatch):
     seen = {}
-    sample = painter.sample
+    sample = denoiser.sample
 
     def recording(*arguments, noise, sample_ids, **options):
         for id, own in zip(sample_ids.tolist(), noise, strict=True):
             seen.setdefault(id, []).append(own.clone())
         return sample(*arguments, noise=noise, sample_ids=sample_ids, **options)
 
-    monkeypatch.setattr(painter, "sample", recording)
+    monkeypatch.setattr(denoiser, "sample", recording)
     splits = ["synthesis.batch_size=5", "synthesis.batch_size=12"]
     for name, split, mode in [("a", splits[0], "clean"), ("b", splits[1], "clean"), ("c", splits[1], "none")]:
         run(make(split, f"guidance.mode={mode}"), models, tmp_path / name)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from bad_prior_cases import cut, lost
 from bad_run_cases import cut_picture, cut_sidecar, without
 from PIL import Image
 
-from diffdfkd.engine import painter
+from diffdfkd.engine import denoiser
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.memory import bound_memory, fitting, machine_memory, ran_out, refuse_more
 
@@ -189,21 +190,28 @@ def test_batch_that_does_not_fit_is_one_line_and_costs_no_finished_shard(
     command_line: Call,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    build, shards = painter.unet_stage, tmp_path / "run" / "synthetic" / "round-000"
+    build, shards = denoiser.unet_stage, tmp_path / "run" / "synthetic" / "round-000"
+    steps = good_recipe["synthesis"]["steps"]
 
     def small(*arguments: Any) -> Callable[..., torch.Tensor]:
         """A UNet that finds no memory once there is a shard."""
-        unet = build(*arguments)
+        unet, calls = build(*arguments), 0
 
         def stage(*inputs: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
-            if (shards / "shard-00000.json").exists():
+            nonlocal calls
+            calls += shards.exists()
+            if calls > steps:
+                # A thread writes the first shard meanwhile.
+                end = time.monotonic() + 20
+                while not (shards / "shard-00000.json").exists() and time.monotonic() < end:
+                    time.sleep(0.01)
                 exhaust()
             return unet(*inputs, **named)
 
         return stage
 
     with monkeypatch.context() as patch:
-        patch.setattr(painter, "unet_stage", small)
+        patch.setattr(denoiser, "unet_stage", small)
         code, out, err = command_line(command(tmp_path, good_recipe, name="synthesize"))
     last = err.rstrip().splitlines()[-1]  # a progress bar comes first
     assert (code, out) == (2, ""), err

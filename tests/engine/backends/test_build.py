@@ -215,7 +215,7 @@ def test_engine_that_is_wrong_leaves_the_graph_alone(
 
 @needs_openvino
 @pytest.mark.parametrize(
-    ("what", "said"), [("cannot go on", "cannot go on$"), ("std::bad_alloc", "bad_alloc; give a smaller")]
+    ("what", "said"), [("cannot go on", "cannot go on$"), ("std::bad_alloc", "std::bad_alloc; give a smaller")]
 )
 def test_engine_that_fails_when_called_is_no_engine(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, what: str, said: str

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,7 +81,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(choose_module, "build", machine.build)
     monkeypatch.setattr(choose_module, "_seconds", machine.measure)
     monkeypatch.setattr(choose_module, "find_spec", lambda name: object() if name != "tensorrt_rtx" else None)
-    monkeypatch.setattr(choose_module.time, "perf_counter", lambda: machine.clock)
+    monkeypatch.setattr(choose_module, "time", SimpleNamespace(perf_counter=lambda: machine.clock))
     return machine
 
 
@@ -212,15 +213,16 @@ def test_eager_is_never_asked_to_prove_itself(machine: Machine, settings: Settin
     assert take(settings, precision=torch.bfloat16).engine == "eager"
 
 
-def test_cache_that_cannot_be_used_leaves_eager(machine: Machine, settings: Settings) -> None:
+def test_cache_that_cannot_be_used_leaves_eager(
+    machine: Machine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fault = UserError("engine.cache: /somewhere cannot be used (Read-only file system)")
 
     def refuse(*_: Any) -> Any:
         raise fault
 
     speeds(machine, 0.1, 0.1, 0.1)
-    machine.build = refuse  # type: ignore[method-assign]
-    choose_module.build = refuse
+    monkeypatch.setattr(choose_module, "build", refuse)
     choice = take(settings)
     assert choice.engine == "eager"
     assert choice.tried["onnxruntime"] == f"left out ({fault})"
@@ -313,6 +315,6 @@ def test_named_engines_are_left_alone(asked: list[tuple[str, int]]) -> None:
 
 def test_real_timing_is_the_median_of_interleaved_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(float(second) for second in (0, 50, 0, 60, 0, 1, 0, 5, 0, 3, 0, 4, 0, 2, 0, 9))
-    monkeypatch.setattr(choose_module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(choose_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     runners = [EagerRunner(stand_in()), EagerRunner(stand_in())]
     assert choose_module._seconds(runners, stand_in().examples(4, 0)) == [2.0, 5.0]

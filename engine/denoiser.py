@@ -1,0 +1,149 @@
+"""A round's stages on their engines, and the trajectory through them: recorded steps or the plain loop."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from diffdfkd.engine.backends.serve import (
+    EngineChain,
+    EngineUNet,
+    EngineVjp,
+    Subject,
+    open_engine,
+    run_settings,
+    serves_itself,
+)
+from diffdfkd.engine.backends.unet_attention import use_attention
+from diffdfkd.engine.captured import CapturedSampler
+from diffdfkd.engine.cutmix import CutMixPlan
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.runner import Runner
+from diffdfkd.engine.sampler import Trajectory, sample
+from diffdfkd.engine.schedule import make_table
+from diffdfkd.engine.stages import Chain, UNet, guidance_chain, unet_stage
+from diffdfkd.engine.taps import BatchNormTaps
+
+
+class Denoiser:
+    """What turns noise into finished latents in one round; a context manager.
+
+    Raises UserError, naming the field, for an engine that cannot be had.
+    """
+
+    def __init__(self, subject: Subject, decode: Callable[[Tensor], Tensor]) -> None:
+        """``decode`` is the decoder that guidance goes through where no engine runs the chain."""
+        self.recipe = recipe = subject.recipe
+        self.prior, self.device = subject.prior, subject.context.device
+        synthesis, guidance = recipe.synthesis, recipe.guidance
+        self.table = make_table(synthesis.sampler, self.prior.scheduler_config, synthesis.steps, self.device)
+        # A UNet that is told the scale runs once, on the prompt alone.
+        self.scale = 1.0 if self.prior.guidance_width is not None else synthesis.guidance_scale
+        if self.scale != synthesis.guidance_scale and guidance.mode != "none" and guidance.rho_rule == "cfg":
+            raise UserError(
+                "guidance.rho_rule: cfg needs an unconditional half, but this prior's UNet takes the guidance scale as "
+                "an input; take unit or raw"
+            )
+        self._settings = run_settings(recipe)
+        self._runners: list[Runner] = []
+        self._taps: BatchNormTaps | None = None
+        self._recorded: CapturedSampler | None = None
+        self.vjp: EngineVjp | None = None
+        self.chain: Chain | None = None
+        use_attention(self.prior.unet, recipe.engine.attention)
+        self.unet: UNet = unet_stage(self.prior, getattr(torch, recipe.prior.dtype), synthesis.guidance_scale)
+        try:
+            if not serves_itself(recipe, recipe.engine.unet):
+                self.unet = EngineUNet(self._open(subject, "unet"))
+                if guidance.mode in ("exact", "reuse"):
+                    self.vjp = EngineVjp(self._open(subject, "vjp"))
+            if guidance.mode != "none":
+                self.chain = self._chain(subject, decode)
+        except BaseException:
+            self.close()
+            raise
+
+    def _chain(self, subject: Subject, decode: Callable[[Tensor], Tensor]) -> Chain:
+        recipe, student = self.recipe, subject.student
+        if not serves_itself(recipe, recipe.engine.chain):
+            return EngineChain(self._open(subject, "chain"), student)
+        if recipe.guidance.batchnorm_weight > 0:
+            self._taps = BatchNormTaps(subject.teacher.model)
+        return guidance_chain(decode, subject.teacher, self._taps, recipe.guidance, student, kernel=recipe.kernel)
+
+    def _open(self, subject: Subject, stage: str) -> Runner:
+        engine = self.recipe.engine.chain if stage == "chain" else self.recipe.engine.unet
+        self._runners.append(open_engine(subject, stage, engine, self._settings).runner)
+        return self._runners[-1]
+
+    def close(self) -> None:
+        """Take the hooks off the teacher, and give back what engines hold."""
+        if self._taps is not None:
+            self._taps.remove()
+        for runner in self._runners:
+            runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @torch.no_grad()
+    def __call__(
+        self, context: Tensor, noise: Tensor, ids: Tensor, plan: CutMixPlan, *, guided: bool = True
+    ) -> Trajectory:
+        """From noise [B, c, h, w] and the context of both halves, [B or 2B, T, D]; optionally without guidance."""
+        recipe = self.recipe
+        guidance = recipe.guidance
+        if guided or self.chain is None:
+            captured = self._captured(len(noise), (context.shape[0], context.shape[1], context.shape[2]))
+            if captured is not None:
+                return captured(context, noise, ids, plan)
+        else:
+            guidance = guidance.model_copy(update={"mode": "none"})
+        return sample(
+            self.unet,
+            self.table,
+            context,
+            scale=self.scale,
+            noise=noise,
+            sample_ids=ids,
+            seed=recipe.seed,
+            chain=self.chain if guided else None,
+            guidance=guidance,
+            plan=plan,
+            kernel=recipe.kernel,
+            vjp=self.vjp,
+        )
+
+    def _captured(self, batch: int, context: tuple[int, int, int]) -> CapturedSampler | None:
+        """The recorded steps for a whole batch, where the recipe, the device and the mode allow them."""
+        recipe = self.recipe
+        if (
+            self.device.type != "cuda"
+            or recipe.engine.cuda_graph == "never"
+            or recipe.kernel == "reference"
+            or recipe.guidance.mode not in ("clean", "none")
+            or batch != recipe.synthesis.batch_size
+        ):
+            return None
+        if self._recorded is None:
+            self._recorded = CapturedSampler(
+                self.unet,
+                self.table,
+                scale=self.scale,
+                shape=(batch, *self.prior.latent_shape),
+                context=context,
+                classes=len(recipe.teacher.classes),
+                seed=recipe.seed,
+                guidance=recipe.guidance,
+                chain=self.chain,
+                kernel=recipe.kernel,
+                device=self.device,
+            )
+        return self._recorded
