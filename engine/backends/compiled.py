@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffdfkd.engine.backends.channel_rows import row_norms
 from diffdfkd.engine.backends.own_folder import DISK
+from diffdfkd.engine.decompositions import decompositions
 from diffdfkd.engine.engine_stages import Stage
 from diffdfkd.engine.onnx_files import deepest_line, silent
 from diffdfkd.engine.runner import NoEngine, Runner
@@ -33,12 +34,11 @@ def compile_stage(stage: Stage, folder: Path) -> Mapping[str, Any]:
     """Write ``folder/model.pt2``; raises NoEngine where tracer or compiler refuse the stage."""
     from torch._inductor import aoti_compile_and_package
 
-    settings: dict[str, Any] = {"freezing": True} if stage.device.type == "cpu" else {}
     try:
         with silent(), torch.no_grad():
-            program, _ = trace(stage, row_norms() if stage.device.type == "cpu" else None)
-            with torch._inductor.config.patch(settings):
-                aoti_compile_and_package(program, package_path=str(folder / PACKAGE))
+            # Not frozen: with constants folded, torch 2.14 multiplied gradients by 2.5 (docs/log.md).
+            program, _ = trace(stage, _table(stage.device))
+            aoti_compile_and_package(program, package_path=str(folder / PACKAGE))
     # Whatever a network's own code, the tracer, Inductor or the C++ compiler raise: the reason is handed on.
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK:
@@ -46,6 +46,41 @@ def compile_stage(stage: Stage, folder: Path) -> Mapping[str, Any]:
         raise NoEngine(f"{stage.name}: torch's compiler refuses it: {deepest_line(error)}") from error
     _refuse_crash(folder / PACKAGE, stage)
     return {"specification": stage.specification.describe()}
+
+
+def _table(device: torch.device) -> dict[Any, Callable[..., Any]]:
+    """What Inductor takes better than the graphs of other engines."""
+    backward = {torch.ops.aten.convolution_backward.default: convolution_backward}
+    return backward | (row_norms() if device.type == "cpu" else {})
+
+
+def convolution_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    wanted: Sequence[bool],
+) -> Any:
+    """The input's gradient alone, as a transposed convolution; anything else as other engines have it."""
+    if transposed or wanted[1] or wanted[2]:
+        plain = decompositions()[torch.ops.aten.convolution_backward.default]
+        return plain(
+            *(gradient, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, wanted)
+        )
+    rest = [
+        int(size - ((out - 1) * s - 2 * p + d * (k - 1) + 1))
+        for size, out, s, p, d, k in zip(
+            x.shape[2:], gradient.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
+        )
+    ]
+    made = torch.ops.aten.convolution(gradient, weight, None, stride, padding, dilation, True, rest, groups)
+    return made, None, None
 
 
 def _refuse_crash(package: Path, stage: Stage) -> None:
