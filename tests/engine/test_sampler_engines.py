@@ -1,0 +1,316 @@
+"""Whole guided trajectories on engines: the sampler writes into their buffers, and ends where eager ends."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from stand_in_stages import CLASSES, WEIGHTS, classifier, open_prior
+from torch import Tensor
+from tracing import distance
+
+from diffdfkd.engine.backends.build import Settings, build
+from diffdfkd.engine.backends.cache import EngineCache
+from diffdfkd.engine.backends.eager import EagerRunner
+from diffdfkd.engine.backends.serve import EngineChain, EngineUNet, EngineVjp
+from diffdfkd.engine.classifier import Classifier, build_classifier
+from diffdfkd.engine.cutmix import plan_cutmix
+from diffdfkd.engine.engine_stages import (
+    Batches,
+    Stage,
+    chain_engine_stage,
+    student_weights,
+    unet_engine_stage,
+    vjp_engine_stage,
+)
+from diffdfkd.engine.painter import Models, Painter
+from diffdfkd.engine.prior import Prior, load_prior
+from diffdfkd.engine.recipe import CutMixRecipe, GuidanceRecipe, load_recipe
+from diffdfkd.engine.runner import Runner
+from diffdfkd.engine.sampler import Trajectory, sample
+from diffdfkd.engine.schedule import make_table
+from diffdfkd.engine.stages import decode_stage, guidance_chain, unet_stage
+from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.kernels.launch import Kernel
+from diffdfkd.kernels.philox import philox_normal
+
+F32 = torch.float32
+STEPS = 4
+ADVERSARIAL = WEIGHTS.model_copy(update={"adversarial_weight": 5.0})
+
+
+class Plain(EagerRunner):
+    """As an engine's outputs lie: in buffers of their own, dense in the order of their dimensions, written over."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage)
+        most = stage.specification.range[2]
+        self.outputs = [torch.full(port.shape_at(most), 7).to(port.dtype) for port in stage.specification.outputs]
+
+    def run(self, rows: int) -> tuple[Tensor, ...]:
+        found = []
+        for port, buffer, value in zip(self.specification.outputs, self.outputs, super().run(rows), strict=True):
+            found.append(buffer[:rows] if port.batched else buffer)
+            found[-1].copy_(value)
+        return tuple(found)
+
+
+class World(NamedTuple):
+    """A prior with its teacher, and what runs on it."""
+
+    prior: Prior
+    teacher: Classifier
+    student: Classifier
+
+    @property
+    def context(self) -> Tensor:
+        return self.prior.embed([*CLASSES, ""])
+
+    def stage(self, name: str, batch: int, doubled: bool, weights: GuidanceRecipe) -> Stage:
+        rows = Batches(batch).rows(2 if doubled else 1)
+        if name == "unet":
+            return unet_engine_stage(self.prior, rows, self.context, F32)
+        if name == "vjp":
+            return vjp_engine_stage(self.prior, rows, self.context, F32)
+        return chain_engine_stage(self.prior, self.teacher, weights, Batches(batch), F32, self.student)
+
+    def run(
+        self,
+        guidance: GuidanceRecipe,
+        *,
+        samples: int,
+        scale: float = 1.0,
+        sampler: Any = "ddim",
+        steps: int = STEPS,
+        runners: dict[str, Runner] | None = None,
+        kernel: Kernel = "reference",
+    ) -> Trajectory:
+        """A trajectory by the run's own stages, or by the runners."""
+        ids = torch.arange(samples)
+        table = make_table(sampler, self.prior.scheduler_config, steps)
+        context = self.context[ids % len(CLASSES)]
+        if scale != 1:
+            context = torch.cat([self.context[-1:].expand_as(context), context])
+        unet, vjp = unet_stage(self.prior), None
+        if runners is None:
+            taps = BatchNormTaps(self.teacher.model)
+            student = self.student if guidance.adversarial_weight > 0 else None
+            chain: Any = guidance_chain(
+                decode_stage(self.prior), self.teacher, taps, guidance, student, kernel="reference"
+            )
+        else:
+            taps = None
+            unet: Any = EngineUNet(runners["unet"])
+            vjp = EngineVjp(runners["vjp"]) if "vjp" in runners else None
+            chain = EngineChain(runners["chain"], self.student)
+        try:
+            return sample(
+                unet,
+                table,
+                context,
+                scale=scale,
+                noise=philox_normal(3, ids, 0, 0, self.prior.latent_shape),
+                sample_ids=ids,
+                seed=3,
+                guidance=guidance,
+                plan=plan_cutmix(
+                    CutMixRecipe(every=2, partner="any", probability=0.9),
+                    ids % len(CLASSES),
+                    len(CLASSES),
+                    steps,
+                    self.prior.latent_shape[1:],
+                    3,
+                    ids,
+                ),
+                chain=chain,
+                kernel=kernel,
+                vjp=vjp,
+            )
+        finally:
+            if taps is not None:
+                taps.remove()
+
+    def runners(
+        self,
+        guidance: GuidanceRecipe,
+        batch: int,
+        scale: float = 1.0,
+        make: Callable[[Stage], Runner] = Plain,
+    ) -> dict[str, Runner]:
+        names = ["unet", "chain", *(["vjp"] if guidance.mode in ("exact", "reuse") else [])]
+        return {name: make(self.stage(name, batch, scale != 1, guidance)) for name in names}
+
+
+@pytest.fixture(scope="module")
+def world(tiny_prior: Path) -> World:
+    student = classifier()
+    student.model.head.weight.mul_(0.3)
+    return World(open_prior(tiny_prior), classifier(), student)
+
+
+def agree(given: Trajectory, expected: Trajectory, tolerance: float = 1e-4) -> None:
+    assert given.alive.all() and torch.equal(given.alive, expected.alive)
+    assert torch.equal(given.targets, expected.targets) and torch.equal(given.frozen, expected.frozen)
+    assert distance(given.latents, expected.latents) <= tolerance
+    guided = expected.losses.isfinite().all(1)
+    assert torch.equal(given.losses.isfinite().all(1), guided) and guided.any()
+    assert distance(given.losses[guided], expected.losses[guided]) <= tolerance
+
+
+def guide(mode: str = "clean", **fields: Any) -> GuidanceRecipe:
+    return WEIGHTS.model_copy(update={"mode": mode, "rho": 0.2, **fields})
+
+
+@pytest.mark.parametrize("mode", ["clean", "reuse", "exact"])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_trajectory_ends_where_eager_ends(world: World, mode: str, scale: float) -> None:
+    guidance = guide(mode)
+    expected = world.run(guidance, samples=5, scale=scale)
+    given = world.run(guidance, samples=5, scale=scale, runners=world.runners(guidance, 5, scale))
+    agree(given, expected)
+    unguided = world.run(guide(rho=1e-6), samples=5, scale=scale)
+    assert distance(expected.latents, unguided.latents) > 0.05  # the gradient decides something
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "euler", "dpmsolver++", "lcm"])
+def test_every_sampler(world: World, sampler: str) -> None:
+    guidance = guide(window=(0.0, 0.5))
+    expected = world.run(guidance, samples=3, scale=2.0, sampler=sampler)
+    given = world.run(guidance, samples=3, scale=2.0, sampler=sampler, runners=world.runners(guidance, 3, 2.0))
+    agree(given, expected)
+    assert expected.losses.isnan().all(1).tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("mode", ["clean", "exact"])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_short_last_batch_of_a_static_engine(world: World, mode: str, scale: float) -> None:
+    guidance = guide(mode)
+    runners = world.runners(guidance, 5, scale)
+    whole = world.run(guidance, samples=5, scale=scale, runners=runners)
+    padded = world.run(guidance, samples=3, scale=scale, runners=runners)
+    fitting = world.run(guidance, samples=3, scale=scale, runners=world.runners(guidance, 3, scale))
+    agree(padded, fitting)
+    agree(padded, world.run(guidance, samples=3, scale=scale))
+    # And a whole one after it is what it was.
+    again = world.run(guidance, samples=5, scale=scale, runners=runners)
+    assert torch.equal(again.latents, whole.latents)
+
+
+def test_batch_that_is_too_large_is_refused_with_the_cure(world: World) -> None:
+    guidance = guide()
+    with pytest.raises(ValueError, match=r"unet: a batch of 6 rows is more than .* 4; .*synthesis\.batch_size"):
+        world.run(guidance, samples=3, scale=2.0, runners=world.runners(guidance, 2, 2.0))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_nothing_is_copied_into_the_unet(world: World, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    guidance = guide()
+    calls: list[bool] = []
+    real = Runner.__call__
+
+    def watched(self: Runner, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if self.specification.name == "unet":
+            own = self.inputs.values()
+            calls.append(all(value.data_ptr() == buffer.data_ptr() for value, buffer in zip(inputs, own, strict=True)))
+        if self.specification.name == "chain":
+            assert all(
+                value.data_ptr() == self.inputs[port.name].data_ptr()
+                for value, port in zip(inputs[3:], self.specification.inputs[3:], strict=True)
+            )
+        return real(self, *inputs)
+
+    monkeypatch.setattr(Runner, "__call__", watched)
+    world.run(guidance, samples=3, scale=scale, runners=world.runners(guidance, 3, scale))
+    assert calls == [True] * STEPS
+
+
+def test_student_takes_part_and_is_handed_over_once(world: World) -> None:
+    runners = world.runners(ADVERSARIAL, 4)
+    expected = world.run(ADVERSARIAL, samples=4)
+    agree(world.run(ADVERSARIAL, samples=4, runners=runners), expected)
+    assert (expected.losses[:, 3] < 0).any()
+    other = classifier()
+    other.model.head.weight.mul_(0.7)
+    softer = world._replace(student=other)
+    agree(softer.run(ADVERSARIAL, samples=4, runners=runners), softer.run(ADVERSARIAL, samples=4))
+    held = [runners["chain"].inputs[f"student_{index}"] for index in range(len(student_weights(other)))]
+    assert all(torch.equal(*pair) for pair in zip(held, student_weights(other).values(), strict=True))
+
+
+def test_a_sample_that_fails_leaves_the_others_alone(world: World) -> None:
+    guidance = guide()
+    runners = world.runners(guidance, 4)
+    unet = runners["unet"]
+    assert isinstance(unet, Plain)
+    real, calls = unet.run, []
+
+    def failing(rows: int) -> tuple[Tensor, ...]:
+        (output,) = real(rows)
+        calls.append(rows)
+        if len(calls) == 2:
+            output[1] = float("nan")
+        return (output,)
+
+    unet.run = failing  # type: ignore[method-assign]
+    given = world.run(guidance, samples=4, runners=runners)
+    # Its own, and whoever took a patch from it.
+    assert not given.alive[1] and given.frozen.sum() >= 1
+    assert given.latents[given.alive].isfinite().all() and given.losses.isfinite().all()
+
+
+def test_kernels_read_and_write_an_engines_buffers(world: World) -> None:
+    """Latents lie channels last, an engine's buffers do not: under Triton's interpreter."""
+    guidance = guide()
+    runners = world.runners(guidance, 2, 2.0)
+    expected = world.run(guidance, samples=2, scale=2.0, steps=2)
+    agree(world.run(guidance, samples=2, scale=2.0, steps=2, runners=runners, kernel="triton"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["clean", "exact", "reuse"])
+def test_small_model_under_onnxruntime(world: World, mode: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    cache = EngineCache(tmp_path_factory.getbasetemp() / "small-model-engines")  # shared by the modes
+    settings = Settings(cache, threads=1)
+    guidance = guide(mode)
+
+    def make(stage: Stage) -> Runner:
+        return build(lambda precision: stage, "onnxruntime", F32, settings).runner
+
+    runners = world.runners(guidance, 4, 2.0, make)
+    agree(world.run(guidance, samples=4, scale=2.0, runners=runners), world.run(guidance, samples=4, scale=2.0), 1e-3)
+    agree(world.run(guidance, samples=3, scale=2.0, runners=runners), world.run(guidance, samples=3, scale=2.0), 1e-3)
+
+
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trajectory]:
+    """A batch of the demonstration, with overrides of its recipe."""
+    cache = tmp_path_factory.mktemp("demo") / "cache"
+    fixed = [f"synthesis.batch_size={BATCH}", "device=cpu", "threads=1", f"engine.cache={cache}"]
+    plain = load_recipe("fashion", fixed)
+    prior = load_prior(plain.prior, "cpu")
+    teacher = build_classifier(plain.teacher, plain.teacher, field="teacher").eval().requires_grad_(False)
+
+    def run(*overrides: str, samples: int = BATCH) -> Trajectory:
+        recipe = load_recipe("fashion", [*fixed, *overrides])
+        assert recipe.synthesis.steps == 12
+        ids = torch.arange(samples)
+        with Painter(recipe, Models(prior, teacher), 0) as painter:
+            return painter._denoise(ids, ids % 10, True, True)[1]
+
+    return run
+
+
+@pytest.mark.slow
+def test_demo_under_onnxruntime(demo: Callable[..., Trajectory]) -> None:
+    for overrides in ([], ["guidance.window=[0.0,0.5]"], ["guidance.mode=none"]):
+        eager = demo("engine=eager", *overrides)
+        engine = demo("engine=onnxruntime", *overrides)
+        assert engine.alive.all()
+        assert distance(engine.latents, eager.latents) <= 1e-3
+    # The last batch of a round is shorter than what the engine was built for.
+    short, whole = demo("engine=onnxruntime", samples=5), demo("engine=eager", samples=5)
+    assert distance(short.latents, whole.latents) <= 1e-3
