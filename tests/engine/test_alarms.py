@@ -179,14 +179,19 @@ def test_a_run_raises_what_its_preview_shows_once_and_notes_each_shard(make, tmp
 
 def test_an_alarm_that_only_a_shard_shows_is_raised_there(make, tmp_path, monkeypatch):
     recipe, models = make()
-    paint = Painter.paint
+    begin = Painter.begin
 
     def alike(self, ids, classes, **how):
-        painting = paint(self, ids, classes, **how)
-        # Every image of the second shard is the same one.
-        return replace(painting, images=painting.images[:1].expand_as(painting.images)) if ids[0] == 6 else painting
+        finish = begin(self, ids, classes, **how)
 
-    monkeypatch.setattr(Painter, "paint", alike)
+        def same():
+            painting = finish()
+            # Every image of the second shard is the same one.
+            return replace(painting, images=painting.images[:1].expand_as(painting.images)) if ids[0] == 6 else painting
+
+        return same
+
+    monkeypatch.setattr(Painter, "begin", alike)
     rows = go(recipe, models, tmp_path)
     found = [(row["kind"], row["shard"]) for row in rows if row["event"] == "alarm"]
     assert ("diversity", 1) in found and not [kind for kind, shard in found if kind == "diversity" and shard != 1]
