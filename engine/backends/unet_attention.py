@@ -54,12 +54,15 @@ def settle_attention(
 
 
 def use_attention(unet: Any, attention: str) -> None:
-    """Set a UNet's attention processors; anything but ``xformers`` is torch's own."""
+    """Set a UNet's attention processors; anything but ``xformers`` is torch's own, with which it was loaded."""
     if attention == "xformers":
         with silent():
             unet.enable_xformers_memory_efficient_attention()
-    else:
-        unet.set_default_attn_processor()
+    elif any("xformers" in type(processor).__name__.lower() for processor in unet.attn_processors.values()):
+        from diffusers.models.attention_processor import AttnProcessor2_0
+
+        # Not diffusers' default, which is the plain one.
+        unet.set_attn_processor(AttnProcessor2_0())
 
 
 def _fault(engine: str, unet: nn.Module) -> str | None:
