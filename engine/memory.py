@@ -3,6 +3,7 @@
 On a CPU the system would rather end the process than refuse it memory; a bound on the process makes it refuse.
 """
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,25 @@ def ran_out(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of mallopt(3)."""
+KEPT = 2**31 - 1
+"""Bytes: the most that mallopt takes."""
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what is freed instead of handing it back to the system; False where it cannot be told.
+
+    By default glibc maps large blocks anew with each allocation and returns the top of its heap, so that every call of
+    a network pays for its pages again.
+    """
+    try:
+        tell = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # musl, macOS, Windows
+        return False
+    return bool(tell(M_MMAP_THRESHOLD, KEPT) and tell(M_TRIM_THRESHOLD, KEPT))
 
 
 @contextmanager

@@ -203,15 +203,19 @@ class Painter:
         """A batch's encoded samples in order, None for a dropped one; ``painted`` is told of the batch first."""
         synthesis, painting = self.recipe.synthesis, batch.finish()
         painted(painting)
+        losses = last_losses(painting.losses)
         for i, (id, label) in enumerate(zip(batch.ids.tolist(), batch.labels.tolist(), strict=True)):
             if not painting.alive[i]:
                 yield None
                 continue
             image = encode(painting.images[i], synthesis.format, synthesis.quality)
             key = f"{self.round:03d}-{id % SAMPLES_PER_ROUND:08d}"
-            yield Sample(key, image, self._record(painting, i, id, label), synthesis.format)
+            record = self._record(painting, i, id, label, losses)
+            yield Sample(key, image, record, synthesis.format)
 
-    def _record(self, painting: Painting, i: int, id: int, label: int) -> dict[str, Any]:
+    def _record(
+        self, painting: Painting, i: int, id: int, label: int, losses: dict[str, float] | None
+    ) -> dict[str, Any]:
         record: dict[str, Any] = {
             "class": label,
             "class_name": self.recipe.teacher.classes[label],
@@ -219,7 +223,7 @@ class Painter:
             "round": self.round,
             "seed": self.recipe.seed,
         }
-        if (losses := last_losses(painting.losses)) is not None:
+        if losses is not None:
             record["losses"] = losses
         if weights := soft_label(painting.targets[i]):
             record["soft_label"] = weights

@@ -4,10 +4,12 @@ What is written does not depend on it: batches reach the thread in order, and on
 """
 
 import queue
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from diffdfkd.engine.painter import Batch
 from diffdfkd.engine.shards import Sample, Sidecar
@@ -20,6 +22,14 @@ LOOK = 0.2
 
 class Abandoned(Exception):
     """Denoising failed: the shard that was being written is to vanish."""
+
+
+class Written(NamedTuple):
+    """A shard on disk."""
+
+    sidecar: Sidecar
+    seconds: float
+    """That its encoding and writing took the thread, without what it waited for batches or decoded."""
 
 
 class ShardWriter:
@@ -44,17 +54,32 @@ class ShardWriter:
         batches: Iterator[Batch],
         samples: Callable[[Batch], Iterator[Sample | None]],
         write: Callable[[Iterator[Sample | None]], Sidecar],
-    ) -> "Future[Sidecar]":
-        """Denoise the shard's batches here, while ``write`` takes their ``samples`` in the thread; its sidecar."""
+    ) -> "Future[Written]":
+        """Denoise the shard's batches here, while ``write`` takes their ``samples`` in the thread."""
         waiting: queue.Queue[Batch | Abandoned | None] = queue.Queue(AHEAD)
+        idle = 0.0
+
+        def aside(wait: Callable[[], Any]) -> Any:
+            """Time that is not spent on writing."""
+            nonlocal idle
+            began = time.perf_counter()
+            try:
+                return wait()
+            finally:
+                idle += time.perf_counter() - began
 
         def taken() -> Iterator[Sample | None]:
-            while (batch := waiting.get()) is not None:
+            while (batch := aside(waiting.get)) is not None:
                 if isinstance(batch, Abandoned):
                     raise batch
-                yield from samples(batch)
+                yield from samples(batch._replace(finish=partial(aside, batch.finish)))
 
-        future = self._pool.submit(write, taken())
+        def written() -> Written:
+            began = time.perf_counter()
+            sidecar = write(taken())
+            return Written(sidecar, time.perf_counter() - began - idle)
+
+        future = self._pool.submit(written)
         try:
             for batch in batches:
                 _put(waiting, batch, future)
@@ -65,7 +90,7 @@ class ShardWriter:
         return future
 
 
-def _put(waiting: "queue.Queue[Any]", item: Any, future: "Future[Sidecar]") -> None:
+def _put(waiting: "queue.Queue[Any]", item: Any, future: "Future[Written]") -> None:
     """Wait for room, unless the thread has ended: then its error is raised, or none is left to read the item."""
     while True:
         if future.done():

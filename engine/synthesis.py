@@ -42,8 +42,8 @@ from diffdfkd.engine.plan import (
 from diffdfkd.engine.preview_file import read_preview
 from diffdfkd.engine.progress import progress_bar
 from diffdfkd.engine.recipe import Recipe
-from diffdfkd.engine.shard_writer import ShardWriter
-from diffdfkd.engine.shards import DamagedShard, Sidecar
+from diffdfkd.engine.shard_writer import ShardWriter, Written
+from diffdfkd.engine.shards import DamagedShard
 from diffdfkd.engine.signs import Observation
 
 MOST_DROPPED = 0.01
@@ -118,7 +118,7 @@ def synthesize(
         def record(shard: "_Shard") -> None:
             """Wait until it is written, look at it and keep what is to be known of it."""
             nonlocal lost, seconds, started
-            sidecar, losses, observation = shard.written.result(), shard.losses(), shard.observation
+            (sidecar, writing), losses, observation = shard.written.result(), shard.losses(), shard.observation
             signs = observation.signs(observation.look()) if observation and sidecar.images else None
             made.append(Count(sidecar.images, sidecar.dropped))
             lost += sidecar.dropped
@@ -130,6 +130,7 @@ def synthesize(
                 images=sidecar.images,
                 dropped=sidecar.dropped,
                 seconds=round_(now - started),
+                writing_seconds=round_(writing),
                 losses=losses,
                 signs=signs and asdict(signs),
                 digest=first_digest,
@@ -200,7 +201,7 @@ class _Shard:
 
     def __init__(self, observation: Observation | None) -> None:
         self.observation = observation
-        self.written: Future[Sidecar] = Future()
+        self.written: Future[Written] = Future()
         self._losses: list[Tensor] = []
 
     def make(

@@ -251,7 +251,7 @@ def use_device(recipe: Recipe) -> None:
     """Threads, a bound on memory and, on a GPU, reproducible convolutions, before the first tensor is computed."""
     import torch
 
-    from diffdfkd.engine.memory import bound_memory
+    from diffdfkd.engine.memory import bound_memory, keep_freed_memory
 
     # Several processes of a launch share the cores, whatever one process alone took.
     torch.set_num_threads(min(recipe.threads or 1, machine_threads()) if launched() else recipe.threads or 1)
@@ -262,6 +262,8 @@ def use_device(recipe: Recipe) -> None:
         torch.backends.cudnn.allow_tf32 = False
     else:
         bound_memory()
+        if recipe.engine.freed_memory == "kept":
+            keep_freed_memory()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from diffdfkd.engine.recipe import LoraRecipe, Recipe, dump_recipe
 MAY_DIFFER = (
     *("output", "evaluation.images", "evaluation.labels", "evaluation.batch_size", "evaluation.licence"),
     *("prior.licence", "teacher.licence", "teacher.metadata"),
-    *("engine.cache", "engine.memory_mib", "engine.capabilities"),
+    *("engine.cache", "engine.memory_mib", "engine.capabilities", "engine.freed_memory"),
 )
 BY_CONTENT = {"prior.path": "prior", "teacher.weights": "teacher", "student.weights": "student"}
 """Paths that may differ as long as what lies there has the digest that was frozen."""

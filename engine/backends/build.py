@@ -122,7 +122,7 @@ def engine_identity(stage: Stage, backend: Backend, precision: torch.dtype, sett
         "device": device_identity(stage.device),
     }
     if backend == "compiled":
-        identity["flags"] = ["row norms", "transposed convolutions"]
+        identity["flags"] = ["frozen, sums apart", "row norms", "transposed convolutions"]
     if backend in ("tensorrt", "tensorrt-rtx"):
         identity |= {
             "capabilities": sorted(settings.capabilities),

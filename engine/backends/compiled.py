@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffdfkd.engine.backends.channel_rows import row_norms
+from diffdfkd.engine.backends.frozen import frozen
 from diffdfkd.engine.backends.own_folder import DISK
 from diffdfkd.engine.decompositions import decompositions
 from diffdfkd.engine.engine_stages import Stage
@@ -36,9 +37,9 @@ def compile_stage(stage: Stage, folder: Path) -> Mapping[str, Any]:
 
     try:
         with silent(), torch.no_grad():
-            # Not frozen: with constants folded, torch 2.14 multiplied gradients by 2.5 (docs/log.md).
             program, _ = trace(stage, _table(stage.device))
-            aoti_compile_and_package(program, package_path=str(folder / PACKAGE))
+            settings = frozen() if stage.device.type == "cpu" else None
+            aoti_compile_and_package(program, package_path=str(folder / PACKAGE), inductor_configs=settings)
     # Whatever a network's own code, the tracer, Inductor or the C++ compiler raise: the reason is handed on.
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK:

@@ -1,0 +1,154 @@
+"""Guided synthesis as a whole: a throughput recipe beside the plain one, interleaved, shards compared byte by byte.
+
+    python -m diffdfkd.benchmarks.throughput fashion throughput_fashion --json throughput.json
+
+Four ways of making the same samples, each in a process of its own, in turn:
+
+    plain           the plain recipe as it stands, all networks eager in float32
+    plain, engines  the plain recipe with the throughput recipe's engines and precision
+    kept            the throughput recipe, all networks eager in float32
+    throughput      the throughput recipe
+
+The shards of ``plain`` and ``kept`` must be equal, and those of ``plain, engines`` and ``throughput``: what makes a
+throughput recipe faster besides its engines changes no image. Rates are those of the shards after the first, which
+pays for what comes once; engines are built before the first process is timed.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffdfkd.benchmarks.conditions import conditions
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.journal import read_journal
+from diffdfkd.engine.shards import write_atomic
+from diffdfkd.recipes.command import complain
+
+EAGER = ["engine=eager", "engine.precision=float32"]
+EQUAL = (("plain", "kept"), ("plain, engines", "throughput"))
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of making the images."""
+
+    name: str
+    recipe: str
+    overrides: list[str]
+
+
+@dataclass
+class Row:
+    """What one way came to over its repetitions."""
+
+    way: str
+    images_per_second: float
+    """Median of the repetitions."""
+    lowest: float
+    highest: float
+    times_plain: float
+    """Median of the ratios to ``plain`` within one turn."""
+    writing_share: float
+    """Largest share of the shards' time that the writing thread was busy: an upper bound on what writing costs."""
+    wall_seconds: float
+    """Median, of the whole process."""
+    peak_memory_mib: float
+    digest: str
+    """Of the shards, the same for every repetition."""
+
+
+def compare(plain: str, fast: str, engine: str, overrides: Sequence[str], repetitions: int) -> list[Row]:
+    """Raises UserError where shards that must be equal are not."""
+    engines = [f"engine={engine}", "engine.precision=bfloat16"]
+    ways = [
+        Way("plain", plain, EAGER),
+        Way("plain, engines", plain, engines),
+        Way("kept", fast, EAGER),
+        Way("throughput", fast, engines),
+    ]
+    found: dict[str, list[dict[str, Any]]] = {way.name: [] for way in ways}
+    with tempfile.TemporaryDirectory() as folder:
+        few = [*overrides, "synthesis.images_per_class=1"]
+        for way in ways:
+            _make(way, few, Path(folder) / "first" / way.name)
+        for turn in range(repetitions):
+            for way in ways:
+                found[way.name].append(_make(way, overrides, Path(folder) / str(turn) / way.name))
+                print(f"{way.name}: {found[way.name][-1]['rate']:.1f} images a second", file=sys.stderr)
+    for one, other in EQUAL:
+        if len(digests := {made["digest"] for name in (one, other) for made in found[name]}) != 1:
+            raise UserError(f"{one}, {other}: {len(digests)} different sets of shards, where all must be equal")
+    return [_row(name, made, found["plain"]) for name, made in found.items()]
+
+
+def _row(name: str, made: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Row:
+    rates = [one["rate"] for one in made]
+    return Row(
+        name,
+        round(statistics.median(rates), 2),
+        round(min(rates), 2),
+        round(max(rates), 2),
+        round(statistics.median(mine / theirs["rate"] for mine, theirs in zip(rates, plain, strict=True)), 3),
+        round(max(one["writing"] for one in made), 4),
+        round(statistics.median(one["wall"] for one in made), 1),
+        round(statistics.median(one["memory"] for one in made), 1),
+        made[0]["digest"],
+    )
+
+
+def _make(way: Way, overrides: Sequence[str], output: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "diffdfkd.recipes.cli", "synthesize", way.recipe, *way.overrides, *overrides]
+    done = subprocess.run([*command, f"output={output}"], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{way.name}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+    rows = list(read_journal(output / "metrics.jsonl"))
+    shards = [row for row in rows if row["event"] == "shard"]
+    steady = shards[1:] or shards
+    digest = hashlib.sha256()
+    for path in sorted((output / "synthetic").rglob("*.tar")):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    seconds = sum(row["seconds"] for row in steady)
+    return {
+        "rate": sum(row["images"] for row in steady) / seconds,
+        "writing": sum(row["writing_seconds"] for row in steady) / seconds,
+        "wall": rows[-1]["time"] - rows[0]["time"] + rows[0].get("seconds_before", 0.0),
+        "memory": max(row["peak_memory_mib"] for row in rows if row.get("peak_memory_mib") is not None),
+        "digest": digest.hexdigest(),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; exit status 2 with one line on bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plain", nargs="?", default="fashion", help="recipe")
+    parser.add_argument("throughput", nargs="?", default="throughput_fashion", help="recipe of the same samples")
+    parser.add_argument("overrides", nargs="*", help="for both, such as threads=2")
+    parser.add_argument("--engine", default="compiled", help="of UNet and chain, in bfloat16 (compiled)")
+    parser.add_argument("--images-per-class", type=int, default=100)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="file to write")
+    given = parser.parse_args(arguments)
+    try:
+        overrides = [f"synthesis.images_per_class={given.images_per_class}", *given.overrides]
+        rows = compare(given.plain, given.throughput, given.engine, overrides, given.repetitions)
+    except UserError as error:
+        sys.exit(complain(str(error)))
+    content = {"conditions": conditions(torch.device("cpu")), "rows": [asdict(row) for row in rows]}
+    text = json.dumps(content, indent=1) + "\n"
+    if given.json is not None:
+        write_atomic(given.json, text.encode())
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
