@@ -23,6 +23,7 @@ from diffdfkd.engine.max_pooling import adaptive_max_pool, adaptive_max_pool_bac
 from diffdfkd.engine.normalization import (
     batch_norm,
     batch_norm_backward,
+    batch_norm_without_memory,
     group_norm_backward,
     layer_norm,
     layer_norm_backward,
@@ -57,6 +58,8 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
         aten.native_layer_norm_backward.default: layer_norm_backward,
         aten.native_group_norm_backward.default: group_norm_backward,
         aten.native_batch_norm.default: batch_norm,
+        # A symbolic trace has this one, before the table is asked.
+        aten._native_batch_norm_legit.no_stats: batch_norm_without_memory,
         aten.native_batch_norm_backward.default: batch_norm_backward,
         aten.hardshrink_backward.default: shrink_backward,
         aten.softshrink_backward.default: shrink_backward,

@@ -120,7 +120,7 @@ def test_gradients_of_views_are_paddings(name):
 
 
 @pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("kind", ["group", "layer", "plane", "batch", "vector"])
+@pytest.mark.parametrize("kind", ["group", "layer", "plane", "batch", "vector", "instance"])
 def test_normalizations(kind, affine):
     torch.manual_seed(0)
     layer: nn.Module = {
@@ -129,6 +129,7 @@ def test_normalizations(kind, affine):
         "plane": lambda: nn.LayerNorm((8, 6), elementwise_affine=affine, bias=False),
         "batch": lambda: nn.BatchNorm2d(4, affine=affine),
         "vector": lambda: nn.BatchNorm1d(4, affine=affine),
+        "instance": lambda: nn.InstanceNorm2d(4, affine=affine),
     }[kind]()
     for tensor in (*layer.parameters(), *layer.buffers()):
         if tensor.is_floating_point():
@@ -160,6 +161,22 @@ def test_low_precision_is_summed_in_float32(dtype):
     expected = torch.autograd.grad(functional.layer_norm(leaf, (64,)), leaf, cotangent.float())[0]
     given = layer_norm_backward(cotangent, x, [64], mean, scale, None, None, [True, False, False])[0]
     assert out.dtype == given.dtype == dtype and distance(given, expected) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_of_low_precision(stride, dtype):
+    """A transposed convolution that is left has no bfloat16: TensorRT has none of that kind."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, 8, 3, stride, 1).requires_grad_(False).to(dtype)
+    x = torch.randn(2, 8, 8, 8).to(dtype)
+    cotangent = torch.randn_like(layer(x))
+    graph = traced(vjp(layer), x, cotangent)
+    convolutions = graph.graph.find_nodes(op="call_function", target=aten.convolution.default)
+    assert [node.args[6] for node in convolutions] == [False, stride > 1]
+    assert not any(node.args[6] and node.meta["val"].dtype == torch.bfloat16 for node in convolutions)
+    given, expected = graph(x, cotangent)[1], vjp(layer.float())(x.float(), cotangent.float())[1]
+    assert given.dtype == dtype and distance(given, expected) < 1e-2
 
 
 def test_gradients_of_parameters_stay_operators():
