@@ -228,30 +228,40 @@ def test_no_file_and_half_a_file(build: Build, models: Callable[..., Path], tmp_
 REFUSED_BUILDS = """
 import sys
 from pathlib import Path
-from diffdfkd.engine.backends.tensorrt_builder import build_plan
+from diffdfkd.engine.backends import tensorrt_builder
 from diffdfkd.engine.runner import NoEngine
 from small_stage import specify
 
 folder = Path(sys.argv[1])
-for options in ({"capabilities": ["SM75", "SM86"]}, {"capabilities": ["SM86"], "memory_limit": 16}):
+
+
+def refuse(model, specification, **options):
     try:
-        build_plan(
-            folder / "model.onnx", folder / "plan", specify(), flavour="tensorrt-rtx", log=folder / "log", **options
+        tensorrt_builder.build_plan(
+            folder / model, folder / "plan", specification, flavour="tensorrt-rtx", log=folder / "log", **options
         )
     except NoEngine as error:
         print(error)
     assert not (folder / "plan").exists()
+
+
+refuse("model.onnx", specify(), capabilities=["SM75", "SM86"])
+refuse("model.onnx", specify(), capabilities=["SM86"], memory_limit=16)
+assert "error: IBuilder::buildSerializedNetwork" in (folder / "log").read_text()
+tensorrt_builder._profile = lambda builder, network, specification: builder.create_optimization_profile()
+refuse("ranged.onnx", specify(least=1, most=8), capabilities=["SM86"])
 """
 
 
 def test_builds_that_fail(models: Callable[..., Path], tmp_path: Path) -> None:
     """In a process of their own: what a failed build leaves behind is TensorRT's affair."""
     shutil.copy(models(), tmp_path / "model.onnx")
+    shutil.copy(models(ranged=True), tmp_path / "ranged.onnx")
     tests = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", REFUSED_BUILDS, str(tmp_path)], cwd=tests, capture_output=True, text=True, check=True
     )
-    turing, memory = done.stdout.splitlines()
+    turing, memory, profile = done.stdout.splitlines()
     where, log = tmp_path / "model.onnx", tmp_path / "log"
     assert turing.startswith(
         f"{where}: tensorrt-rtx cannot build it: Cannot compile operation 'node_linear' for Turing"
@@ -260,7 +270,10 @@ def test_builds_that_fail(models: Callable[..., Path], tmp_path: Path) -> None:
     assert "workspace limit" in memory
     cure = "make its batches smaller (synthesis.batch_size), build it for one batch instead of a range, or let it have"
     assert f"; {cure} more memory (all it said: {log})" in memory
-    assert "error: IBuilder::buildSerializedNetwork" in log.read_text()
+    assert profile == (
+        f"{tmp_path / 'ranged.onnx'}: tensorrt-rtx cannot build it: Dynamic input tensor latent is missing dimensions "
+        f"in profile 0 (all it said: {log})"
+    )
 
 
 def test_targets_that_the_flavour_lacks(
