@@ -8,6 +8,7 @@ import torch
 
 from diffdfkd.engine.backends.own_folder import DISK
 from diffdfkd.engine.engine_stages import Stage
+from diffdfkd.engine.memory import may_pass
 from diffdfkd.engine.onnx_files import OPSET, deepest_line, silent
 from diffdfkd.engine.runner import NoEngine
 from diffdfkd.engine.trace import trace
@@ -58,7 +59,8 @@ def export_stage(stage: Stage, folder: Path) -> Mapping[str, Any]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK:
             raise  # that of the folder is at fault, which is for its owner to say
-        raise NoEngine(f"{stage.name}: torch.onnx.export refuses it: {deepest_line(error)}") from error
+        said = f"{stage.name}: torch.onnx.export refuses it: {deepest_line(error)}"
+        raise NoEngine(said, lasting=not may_pass(error)) from error
     return {"opset": opset, "weights_bytes": weights, "specification": specification.describe()}
 
 
@@ -90,16 +92,3 @@ def _strip(model: Any) -> None:
             value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
-
-
-def exporter_identity() -> Mapping[str, str]:
-    """Versions that an exported graph depends on."""
-    import onnx
-    import onnxscript
-
-    return {
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "onnxscript": onnxscript.__version__,
-        "opset": str(OPSET),
-    }

@@ -21,6 +21,17 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether an error, or what it came of, is of a cause that may be gone the next time: memory, or a disk or file."""
+    while True:
+        if ran_out(error) or isinstance(error, OSError):
+            return True
+        before = error.__cause__ or error.__context__
+        if before is None:
+            return False
+        error = before
+
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
 KEPT = 2**31 - 1

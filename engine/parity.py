@@ -53,7 +53,7 @@ class Refused(NoEngine):
     """The engine was built and computes something else than eager; it is not kept."""
 
     def __init__(self, message: str, parity: Parity) -> None:
-        super().__init__(message)
+        super().__init__(message, lasting=True)
         self.parity = parity
 
 

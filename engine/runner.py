@@ -12,6 +12,11 @@ from diffdfkd.engine.specification import Specification
 class NoEngine(Exception):
     """This engine cannot be had here; the message is the reason and, where there is one, the cure, in one line."""
 
+    def __init__(self, message: str, *, lasting: bool = False) -> None:
+        """``lasting``: whether the same code and packages would refuse the same stage again, so that it may be kept."""
+        super().__init__(message)
+        self.lasting = lasting
+
 
 class Runner(ABC):
     """Calls a stage on its own input buffers, from which an engine reads.

@@ -1,10 +1,9 @@
 """From a stage to a runner: export, compile or build it once, prove it against eager, keep it in the user's cache."""
 
 import logging
-import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,7 +11,9 @@ import torch
 
 from diffdfkd.engine.backends.cache import EngineCache
 from diffdfkd.engine.backends.entry import Entry
+from diffdfkd.engine.backends.identity import engine_identity, graph_identity, package_version
 from diffdfkd.engine.engine_stages import Stage
+from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.parity import Parity, Refused, proven, usual_rows
 from diffdfkd.engine.runner import NoEngine, Runner
 
@@ -80,10 +81,22 @@ def prepare(make: Make, backend: Backend, precision: torch.dtype, settings: Sett
 
 
 def build(make: Make, backend: Backend, precision: torch.dtype, settings: Settings) -> Built:
-    """A runner of the stage; raises NoEngine as `prepare` does, and where the engine does not run here."""
+    """A runner of the stage; raises NoEngine as `prepare` does, and where the engine does not run here.
+
+    UserError where the cache cannot be used; eager does without.
+    """
     if backend == "eager" and precision == torch.float32:
         return Built(open_runner(make(precision), backend, precision, settings, Path()), None, 0.0, False)
-    stage, entry = prepare(make, backend, precision, settings)
+    try:
+        stage, entry = prepare(make, backend, precision, settings)
+    except UserError as reason:
+        if backend != "eager":
+            raise
+        # The cache holds nothing of it but its proof.
+        log.warning("engine eager: its comparison with float32 is not kept: %s", reason)
+        stage, started = make(precision), time.perf_counter()
+        runner = open_runner(stage, backend, precision, settings, Path())
+        return Built(runner, proven(stage, backend, precision, runner), time.perf_counter() - started, False)
     runner = open_runner(stage, backend, precision, settings, entry.folder)
     parity = _parity(entry.details)
     kept = parity is not None and not entry.made
@@ -103,65 +116,10 @@ def build(make: Make, backend: Backend, precision: torch.dtype, settings: Settin
         if not kept:
             raise
         # Nor is the graph then what the stage is today.
-        if graph := settings.cache.find("onnx", _graph_identity(stage)):
+        if graph := settings.cache.find("onnx", graph_identity(stage)):
             settings.cache.drop(graph, str(reason))
         return build(make, backend, precision, settings)
     return Built(runner, parity, float(entry.details["seconds"]), not entry.made)
-
-
-def engine_identity(stage: Stage, backend: Backend, precision: torch.dtype, settings: Settings) -> Mapping[str, Any]:
-    """All that an engine depends on: JSON-ready."""
-    from diffdfkd.engine.export import exporter_identity
-
-    identity: dict[str, Any] = {
-        "stage": stage.digest,
-        "specification": stage.specification.describe(),
-        "precision": str(precision).removeprefix("torch."),
-        "exporter": exporter_identity(),
-        "package": package_version(backend),
-        "device": device_identity(stage.device),
-    }
-    if backend == "compiled":
-        identity["flags"] = ["frozen, sums apart", "row norms", "transposed convolutions"]
-    if backend in ("tensorrt", "tensorrt-rtx"):
-        identity |= {
-            "capabilities": sorted(settings.capabilities),
-            "memory_limit": settings.memory_limit,
-            "flags": ["no TF32", "USER_MANAGED", "REQUIRE_USER_ALLOCATION"],
-        }
-        if settings.capabilities:
-            # A plan for named GPUs is the same wherever it is built.
-            identity["device"] = "cuda"
-    if backend == "compiled":
-        # Their number stands in its code.
-        identity["threads"] = settings.threads or torch.get_num_threads()
-    return identity
-
-
-def device_identity(device: torch.device) -> str:
-    """The processor that an engine was built for and proven on."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"{torch.cuda.get_device_name(device)}, SM{major}{minor}, CUDA {torch.version.cuda}"
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def package_version(backend: Backend) -> str | None:
-    """Of the package behind a backend; None where it is not installed."""
-    packages = {
-        "eager": ("torch",),
-        "compiled": ("torch",),
-        "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
-        "openvino": ("openvino",),
-        "tensorrt": ("tensorrt",),
-        "tensorrt-rtx": ("tensorrt_rtx",),
-    }
-    for package in packages[backend]:
-        try:
-            return f"{package} {version(package)}"
-        except PackageNotFoundError:
-            continue
-    return None
 
 
 def exported(stage: Stage, settings: Settings) -> Entry:
@@ -173,18 +131,7 @@ def exported(stage: Stage, settings: Settings) -> Entry:
         details["parity"] = _file_parity(stage, folder, settings)
         return details
 
-    return settings.cache.obtain("onnx", _graph_identity(stage), export)
-
-
-def _graph_identity(stage: Stage) -> Mapping[str, Any]:
-    from diffdfkd.engine.export import exporter_identity
-
-    return {
-        "stage": stage.digest,
-        "specification": stage.specification.describe(),
-        "precision": str(stage.precision).removeprefix("torch."),
-        "exporter": exporter_identity(),
-    }
+    return settings.cache.obtain("onnx", graph_identity(stage), export)
 
 
 def _file_parity(stage: Stage, folder: Path, settings: Settings) -> Mapping[str, Any] | None:

@@ -1,8 +1,10 @@
 """``engine=auto``: the fastest engine that is installed and proves equal, by a short trial that pays for itself.
 
-What a trial found is remembered in the cache, what was taken is frozen into the run. The rule: a trial may spend a
-tenth of the time that the run would take in eager mode, so that a short run is eager at once and a long one loses a
-tenth at worst. Precision is never chosen: it is what the recipe says.
+What a trial found is remembered in the cache, what was taken is frozen into the run. Speeds are remembered, and of
+refusals those alone that would come again: a wrong result, a stage that cannot be exported. The rule: a trial may spend
+a tenth of the time that the run would take in eager mode, so that a short run is eager at once and a long one loses a
+tenth at worst. Precision is never chosen: it is what the recipe says. A cache that cannot be used leaves eager, since
+who asked for no engine can do without.
 """
 
 import logging
@@ -16,11 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdfkd.engine.backends.build import Backend, Make, Settings, build, engine_identity, graph_precision
+from diffdfkd.engine.backends.build import Backend, Make, Settings, build, graph_precision
 from diffdfkd.engine.backends.eager import EagerRunner
+from diffdfkd.engine.backends.identity import engine_identity, trial_identity
 from diffdfkd.engine.backends.serve import Subject, run_settings
 from diffdfkd.engine.combinations import guided_steps, round_samples
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.memory import fitting
+from diffdfkd.engine.onnx_files import deepest_line
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.engine.runner import NoEngine, Runner
 
@@ -77,12 +82,22 @@ def settle_engines(recipe: Recipe, subject: Callable[[], Subject]) -> tuple[Reci
         elif count < FEW_CALLS:
             choices.append(Choice(stage, "eager", f"{count} calls are too few for a trial", {}))
         else:
-            choices.append(choose(stage, count, subject(), run_settings(recipe)))
+            choices.append(_choose(stage, count, recipe, subject))
     chosen = {choice.stage: choice.engine for choice in choices}
     if recipe.guidance.mode == "none" and recipe.engine.chain == "auto":
         chosen["chain"] = "eager"
     engine = recipe.engine.model_copy(update=chosen)
     return recipe.model_copy(update={"engine": engine}), choices
+
+
+def _choose(stage: str, calls: int, recipe: Recipe, subject: Callable[[], Subject]) -> Choice:
+    try:
+        settings = run_settings(recipe)
+    except UserError as reason:
+        # No folder is known for the cache.
+        log.warning("engine=auto: eager is taken for the %s: %s", stage, reason)
+        return Choice(stage, "eager", f"engines cannot be kept ({reason})", {})
+    return choose(stage, calls, subject(), settings)
 
 
 def stage_calls(recipe: Recipe) -> dict[str, int]:
@@ -103,7 +118,8 @@ def choose(stage_name: str, calls: int, subject: Subject, settings: Settings) ->
     inputs = plain.examples(plain.specification.rows, 0)
     # Nothing is asked of it: it is what runs where no engine is taken.
     eager = EagerRunner(plain)
-    eager_seconds = _seconds([eager], inputs)[0]
+    with fitting("synthesis.batch_size", f"a batch of {plain.specification.rows:,} rows", "give a smaller one"):
+        eager_seconds = _seconds([eager], inputs)[0]
     budget = SHARE * calls * eager_seconds
     found: dict[Backend, float] = {"eager": eager_seconds}
     tried = {"eager": _milliseconds(eager_seconds)}
@@ -141,40 +157,53 @@ def _try(
     if find_spec(MODULES[backend]) is None:
         return "not installed", None, 0.0
     stage = make(graph_precision(backend, precision))
-    identity = {**engine_identity(stage, backend, precision, settings), "threads": settings.threads}
-    before = settings.cache.find("trial", {**identity, "engine": backend})
-    if before is not None:
-        return _remembered(before.details, eager_seconds)
-    built = settings.cache.find(backend, engine_identity(stage, backend, precision, settings)) is not None
-    expected = (0.0 if built else SECONDS[backend] * _scale(eager_seconds)) + 6 * eager_seconds
-    if expected > budget:
-        return f"left out (a trial of about {expected:.0f} s would not pay)", None, 0.0
+    identity = trial_identity(stage, backend, precision, settings)
     started = time.perf_counter()
-    log.info("engine=auto: trying %s for the %s", backend, stage.name)
-    details: dict[str, Any]
     try:
-        runner = build(make, backend, precision, settings).runner
-        try:
-            ours, theirs = _seconds([eager, runner], inputs)
-        finally:
-            runner.close()
-        details = {"ratio": theirs / ours}
-    except NoEngine as reason:
-        details = {"fault": str(reason)}
-    except UserError as reason:
-        # The cache's folder cannot be used: who asked for no engine can do without.
+        if (before := settings.cache.find("trial", identity)) is not None:
+            return *_told(before.details, eager_seconds), 0.0
+        built = settings.cache.find(backend, engine_identity(stage, backend, precision, settings)) is not None
+        expected = (0.0 if built else SECONDS[backend] * _scale(eager_seconds)) + 6 * eager_seconds
+        if expected > budget:
+            return f"left out (a trial of about {expected:.0f} s would not pay)", None, 0.0
+        log.info("engine=auto: trying %s for the %s", backend, stage.name)
+        details, lasting = _trial(make, backend, precision, settings, eager, inputs)
+    except (UserError, OSError) as reason:
+        # The cache's, or a compiler's own files: nothing else here reads what a user gave.
         return f"left out ({reason})", None, time.perf_counter() - started
     spent = time.perf_counter() - started
-    settings.cache.obtain("trial", {**identity, "engine": backend}, lambda folder: details)
-    what, seconds, _ = _remembered(details, eager_seconds)
-    return what, seconds, spent
+    if lasting:
+        try:
+            settings.cache.obtain("trial", identity, lambda folder: details)
+        except UserError as reason:
+            log.warning("engine=auto: what %s came to for the %s is not remembered: %s", backend, stage.name, reason)
+    return *_told(details, eager_seconds), spent
 
 
-def _remembered(details: Mapping[str, Any], eager_seconds: float) -> tuple[str, float | None, float]:
+def _trial(
+    make: Make, backend: Backend, precision: torch.dtype, settings: Settings, eager: Runner, inputs: Sequence[Tensor]
+) -> tuple[Mapping[str, Any], bool]:
+    """(what is remembered of it, whether it would come to the same another time)."""
+    try:
+        runner = build(make, backend, precision, settings).runner
+    except NoEngine as reason:
+        return {"fault": str(reason)}, reason.lasting
+    try:
+        ours, theirs = _seconds([eager, runner], inputs)
+    except (MemoryError, RuntimeError) as error:
+        # As where there is memory for it alone, and not beside eager.
+        return {"fault": deepest_line(error)}, False
+    finally:
+        runner.close()
+    return {"ratio": theirs / ours}, True
+
+
+def _told(details: Mapping[str, Any], eager_seconds: float) -> tuple[str, float | None]:
+    """(what a trial came to in words, seconds of a call if the engine can be used)."""
     if "fault" in details:
-        return f"refused ({details['fault']})", None, 0.0
+        return f"refused ({details['fault']})", None
     seconds = details["ratio"] * eager_seconds
-    return _milliseconds(seconds), seconds, 0.0
+    return _milliseconds(seconds), seconds
 
 
 def _scale(eager_seconds: float) -> float:

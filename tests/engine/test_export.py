@@ -17,7 +17,7 @@ from diffdfkd.engine import export
 from diffdfkd.engine.backends.onnxruntime import OnnxRuntimeRunner
 from diffdfkd.engine.classifier import build_classifier
 from diffdfkd.engine.engine_stages import Batches, Stage
-from diffdfkd.engine.export import MODEL, export_stage, exporter_identity
+from diffdfkd.engine.export import MODEL, export_stage
 from diffdfkd.engine.painter import class_prompts, embed_prompts
 from diffdfkd.engine.parity import TOLERANCES, Parity, measure_parity
 from diffdfkd.engine.prior import load_prior
@@ -194,12 +194,6 @@ def test_full_disk_is_not_blamed_on_the_stage(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("torch.onnx.ONNXProgram.save", full)
     with pytest.raises(OSError, match="No space left"):
         export_stage(stand_in(), tmp_path)
-
-
-def test_identity_names_what_a_graph_depends_on() -> None:
-    identity = exporter_identity()
-    assert identity.keys() == {"torch", "onnx", "onnxscript", "opset"}
-    assert identity["torch"] == torch.__version__ and identity["onnx"] == onnx.__version__
 
 
 def test_decoder_of_a_prior(exports: Exports, tiny_prior: Path) -> None:

@@ -18,17 +18,16 @@ from tracing import distance
 from diffdfkd.engine import export as export_module
 from diffdfkd.engine.backends import build as build_module
 from diffdfkd.engine.backends.build import (
-    BACKENDS,
     Backend,
     Settings,
     build,
-    engine_identity,
     exported,
     graph_precision,
     prepare,
 )
 from diffdfkd.engine.backends.cache import EngineCache
 from diffdfkd.engine.backends.eager import EagerRunner
+from diffdfkd.engine.backends.identity import engine_identity
 from diffdfkd.engine.backends.openvino import OpenVinoRunner
 from diffdfkd.engine.engine_stages import Stage
 from diffdfkd.engine.parity import Refused
@@ -350,28 +349,6 @@ def test_plan_is_proven_where_it_first_runs(
     found = settings.cache.find("tensorrt-rtx", entry.identity)
     assert found is not None and found.details["parity"]["rows"] == [4, 2]
     assert build(make, "tensorrt-rtx", F32, settings).parity == built.parity
-
-
-def test_identity_names_all_that_an_engine_depends_on(settings: Settings) -> None:
-    def identity(
-        stage: Stage | None = None, engine: Backend = "onnxruntime", precision: torch.dtype = F32, **changes: Any
-    ) -> Any:
-        return engine_identity(stage or make(F32), engine, precision, replace(settings, **changes))
-
-    plain = identity()
-    assert {"stage", "specification", "precision", "exporter", "package", "device"} <= plain.keys()
-    assert plain["package"].startswith("onnxruntime ")
-    assert identity() == plain
-    assert identity(stand_in(digest="1" * 64)) != plain
-    assert identity(stand_in(most=9)) != plain
-    assert identity(precision=BF16) != plain
-    # Only what is compiled for a number of threads depends on it.
-    assert identity(threads=2) == plain
-    assert identity(engine="compiled", threads=2) != identity(engine="compiled", threads=1)
-    rtx = identity(engine="tensorrt-rtx")
-    assert rtx != identity(engine="tensorrt-rtx", capabilities=("SM86",))
-    assert rtx != identity(engine="tensorrt-rtx", memory_limit=2**20)
-    assert len({str(identity(engine=engine)) for engine in BACKENDS}) >= 4
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ import torch
 from stand_in_stages import stand_in
 
 from diffdfkd.engine.backends import choose as choose_module
-from diffdfkd.engine.backends.build import Backend, Built, Settings, engine_identity
+from diffdfkd.engine.backends import identity as identity_module
+from diffdfkd.engine.backends.build import Backend, Built, Settings
 from diffdfkd.engine.backends.cache import EngineCache
 from diffdfkd.engine.backends.choose import (
     FEW_CALLS,
@@ -23,6 +24,7 @@ from diffdfkd.engine.backends.choose import (
     stage_calls,
 )
 from diffdfkd.engine.backends.eager import EagerRunner
+from diffdfkd.engine.backends.identity import PACKAGES, engine_identity
 from diffdfkd.engine.engine_stages import Stage
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe, load_recipe
@@ -173,7 +175,7 @@ def test_a_kept_engine_costs_a_few_calls_alone(
 
 def test_trials_are_remembered_and_cost_nothing_again(machine: Machine, settings: Settings) -> None:
     speeds(machine, 0.5, 0.4, 0.6)
-    machine.faults = {"openvino": NoEngine("its gradient is wrong")}
+    machine.faults = {"openvino": NoEngine("its gradient is wrong", lasting=True)}
     first = take(settings)
     machine.built.clear()
     machine.faults.clear()
@@ -186,22 +188,105 @@ def test_trials_are_remembered_and_cost_nothing_again(machine: Machine, settings
     assert again.tried["openvino"] == "refused (its gradient is wrong)"
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("threads", 2), ("stage", stand_in(digest="1" * 64)), ("precision", torch.bfloat16)]
-)
-def test_trial_of_another_case_is_not_used(
-    machine: Machine, settings: Settings, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+@pytest.mark.parametrize("cause", ["there is no compiler", "it does not fit into memory", "is not installed"])
+def test_refusal_that_may_pass_is_not_remembered(machine: Machine, settings: Settings, cause: str) -> None:
+    speeds(machine, 0.5, 0.4, 0.6)
+    machine.faults = {"openvino": NoEngine(cause)}
+    assert take(settings).tried["openvino"] == f"refused ({cause})"
+    machine.built.clear()
+    machine.faults.clear()
+    again = take(settings)
+    assert machine.built == ["openvino"]  # what the others came to is still known
+    assert again.engine == "openvino"
+
+
+def test_trial_that_ran_out_of_memory_beside_eager_is_not_remembered(
+    machine: Machine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    speeds(machine, 0.5, 0.4, 0.6)
+
+    def full(runners: Sequence[Runner], inputs: Any) -> list[float]:
+        if runners[-1].engine == "openvino":
+            raise RuntimeError("std::bad_alloc")
+        return machine.measure(runners, inputs)
+
+    monkeypatch.setattr(choose_module, "_seconds", full)
+    choice = take(settings)
+    assert choice.engine == "onnxruntime" and choice.tried["openvino"] == "refused (RuntimeError: std::bad_alloc)"
+    assert "openvino" in machine.closed
+    monkeypatch.setattr(choose_module, "_seconds", machine.measure)
+    assert take(settings).engine == "openvino"
+
+
+def test_interrupted_trial_leaves_nothing(
+    machine: Machine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(choose_module, "build", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        take(settings)
+    assert not settings.cache.folder.exists()
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
+    """Packages as if they were of these versions, the others as they are."""
+    real = identity_module._installed
+    monkeypatch.setattr(identity_module, "_installed", lambda name: versions[name] if name in versions else real(name))
+
+
+CASES: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
+    "diffdfkd": lambda patch: installed(patch, diffdfkd="9.9"),
+    "sources of ours": lambda patch: patch.setattr(identity_module, "sources_digest", lambda names: "another"),
+    "exporter": lambda patch: installed(patch, onnxscript="9.9"),
+    "threads": lambda patch: patch.setattr(torch, "get_num_threads", lambda: 77),
+    "device": lambda patch: patch.setattr(identity_module, "device_identity", lambda device: "another"),
+    "stage": lambda patch: patch.setattr(Subject, "make", lambda self, stage: lambda dtype: stand_in(digest="1" * 64)),
+    **{
+        package: lambda patch, package=package: installed(patch, **{package: "9.9"})
+        for packages in PACKAGES.values()
+        for package in packages
+        if package != "torch"  # which the exporter names, by its own word
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trial_of_another_case_is_not_used(
+    machine: Machine, settings: Settings, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Nor is a refusal: each may be gone with any of what it depends on."""
+    settings = Settings(settings.cache)
     speeds(machine, 0.5, 0.5, 0.5)
+    machine.faults = {"openvino": NoEngine("wrong", lasting=True)}
     take(settings)
     machine.built.clear()
-    precision = value if name == "precision" else F32
-    if name == "threads":
-        settings = Settings(settings.cache, threads=value)
-    if name == "stage":
-        monkeypatch.setattr(Subject, "make", lambda self, stage: lambda precision: value)
-    take(settings, precision=precision)
+    CASES[case](monkeypatch)
+    take(settings)
     assert machine.built == ["onnxruntime", "openvino", "compiled"]
+
+
+def test_package_that_is_installed_later_ends_what_was_found_without(
+    machine: Machine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds(machine, 0.5, 0.5, 0.5)
+    installed(monkeypatch, tensorrt=None)
+    take(settings)
+    machine.built.clear()
+    take(settings)
+    assert machine.built == []
+    installed(monkeypatch, tensorrt="10.13")
+    take(settings)
+    assert machine.built == ["onnxruntime", "openvino", "compiled"]
+
+
+def test_trial_of_another_precision_or_number_of_threads_is_not_used(machine: Machine, settings: Settings) -> None:
+    speeds(machine, 0.5, 0.5, 0.5)
+    for case, precision in ((settings, F32), (settings, torch.bfloat16), (Settings(settings.cache, threads=2), F32)):
+        machine.built.clear()
+        take(case, precision=precision)
+        assert machine.built == ["onnxruntime", "openvino", "compiled"]
 
 
 def test_eager_is_never_asked_to_prove_itself(machine: Machine, settings: Settings) -> None:
@@ -213,11 +298,50 @@ def test_eager_is_never_asked_to_prove_itself(machine: Machine, settings: Settin
     assert take(settings, precision=torch.bfloat16).engine == "eager"
 
 
-def test_cache_that_cannot_be_used_leaves_eager(
-    machine: Machine, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fault = UserError("engine.cache: /somewhere cannot be used (Read-only file system)")
+def in_place_of(folder: Path) -> None:
+    folder.write_text("a file")
 
+
+def of_others(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+def of_others_within(folder: Path) -> None:
+    (folder / "trial").mkdir(parents=True)
+    (folder / "trial").chmod(0o770)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (in_place_of, "Not a directory"),
+        (of_others, "may be written by others (mode 777)"),
+        (of_others_within, "may be written by others (mode 770)"),
+    ],
+)
+def test_cache_that_cannot_be_read_leaves_eager(
+    machine: Machine, settings: Settings, spoil: Callable[[Path], None], said: str
+) -> None:
+    spoil(settings.cache.folder)
+    speeds(machine, 0.1, 0.1, 0.1)
+    choice = take(settings)
+    assert choice.engine == "eager" and machine.built == []
+    for engine in ("onnxruntime", "openvino", "compiled"):
+        assert choice.tried[engine].startswith("left out (engine.cache: ") and said in choice.tried[engine]
+    assert said in choice.reason
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        UserError("engine.cache: /somewhere cannot be used (Read-only file system)"),
+        OSError(28, "No space left on device", "/tmp/of a compiler"),
+    ],
+)
+def test_disk_that_cannot_be_written_leaves_eager(
+    machine: Machine, settings: Settings, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
     def refuse(*_: Any) -> Any:
         raise fault
 
@@ -226,6 +350,45 @@ def test_cache_that_cannot_be_used_leaves_eager(
     choice = take(settings)
     assert choice.engine == "eager"
     assert choice.tried["onnxruntime"] == f"left out ({fault})"
+
+
+def test_trial_that_cannot_be_remembered_still_counts(
+    machine: Machine, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a disk that is read only, or full, and holds the engine."""
+
+    def full(self: EngineCache, *_: Any) -> Any:
+        raise UserError("engine.cache: it is full")
+
+    monkeypatch.setattr(EngineCache, "obtain", full)
+    speeds(machine, 0.5, 0.4, 0.6)
+    assert take(settings).engine == "openvino"
+    told = "engine=auto: what openvino came to for the unet is not remembered: engine.cache: it is full"
+    assert told in caplog.messages
+
+
+def test_no_folder_for_the_cache_leaves_eager(
+    asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless(recipe: Recipe) -> Settings:
+        raise UserError("engine.cache: no home folder is known here")
+
+    monkeypatch.setattr(choose_module, "run_settings", homeless)
+    engines, choices = settle(recipe("guidance.window=[0.0,1.0]"))
+    assert engines == ("eager", "eager") and not asked
+    assert choices[0].reason == "engines cannot be kept (engine.cache: no home folder is known here)"
+    assert "engine=auto: eager is taken for the unet: engine.cache: no home folder is known here" in caplog.messages
+
+
+def test_batch_that_eager_has_no_memory_for_is_named(
+    machine: Machine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(choose_module, "_seconds", full)
+    with pytest.raises(UserError, match=r"^synthesis\.batch_size: a batch of 4 rows .*; give a smaller one"):
+        take(settings)
 
 
 def test_candidates_by_device() -> None:
