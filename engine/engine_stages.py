@@ -5,21 +5,21 @@ without autocast, hooks on foreign modules or weights that may change: what it n
 stage's precision. Interfaces stay float32; inside, networks compute in ``precision``, moments and losses in float32.
 """
 
-import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from diffdfkd.engine.classifier import Classifier, Preprocessing
+from diffdfkd.engine.classifier import Classifier
+from diffdfkd.engine.example_student import acting_weights
 from diffdfkd.engine.plan import lasting, weights_digest
-from diffdfkd.engine.prior import Prior, quiet
+from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.specification import Port, Specification
+from diffdfkd.engine.stage_networks import Answering, Lowered, decoder, in_precision, student_weights
 from diffdfkd.engine.stages import (
     chain_specification,
     dense,
@@ -207,8 +207,8 @@ def chain_engine_stage(
     }
 
     def made(dtype: torch.dtype) -> Function:
-        pupil = _Answering(student, dtype, list(given)) if given and student is not None else None
-        master = _Lowered(teacher, dtype)
+        pupil = Answering(student, dtype, list(given)) if given and student is not None else None
+        master = Lowered(teacher, dtype)
         # The hooks stay for as long as the copy that they sit on.
         taps = BatchNormTaps(master.model) if weights.batchnorm_weight > 0 else None
         chain = guidance_chain(decoder(prior, dtype), master, taps, weights, pupil, kernel="reference")
@@ -228,7 +228,14 @@ def chain_engine_stage(
         targets[1::3] = 0.7 * targets[1::3] + 0.3 * targets.roll(1, 0)[1::3]
         alive = torch.ones(rows, dtype=torch.bool, device=x0.device)
         alive[4::7] = False
-        return x0, targets, alive, *given.values()
+        return x0, targets, alive, *shown()
+
+    @functools.cache
+    def shown() -> tuple[Tensor, ...]:
+        """A student's weights that its term acts with; its own may be a fresh one's, whose term is 0 everywhere."""
+        if not given or student is None:
+            return ()
+        return acting_weights(student, teacher, decoder(prior, torch.float32), _noise(prior, batches.usual, 0))
 
     return Stage(
         specification,
@@ -246,26 +253,8 @@ def chain_engine_stage(
     )
 
 
-def student_weights(student: Classifier) -> dict[str, Tensor]:
-    """Parameters and float buffers of the student's network, by name: the last inputs of a chain that knows one."""
-    return {
-        name: value.detach().float() for name, value in student.model.state_dict().items() if value.is_floating_point()
-    }
-
-
-def decoder(prior: Prior, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """`Prior.decode` in a precision, on a copy of the VAE where its own is another; differentiable."""
-    lowered = copy.copy(prior)
-    lowered.vae = _in(prior.vae, dtype)
-
-    def decode(latents: Tensor) -> Tensor:
-        return lowered.decode(latents.contiguous(memory_format=torch.channels_last))
-
-    return decode
-
-
 def _unet_function(prior: Prior, dtype: torch.dtype, guidance_scale: float) -> Function:
-    unet: Any = _in(prior.unet, dtype)
+    unet: Any = in_precision(prior.unet, dtype)
     told = None
     if prior.guidance_width is not None:
         told = guidance_embedding(guidance_scale, prior.guidance_width).to(_device(prior.unet), dtype)
@@ -279,47 +268,6 @@ def _unet_function(prior: Prior, dtype: torch.dtype, guidance_scale: float) -> F
         return (dense(at_least_float32(output)),)
 
     return function
-
-
-class _Lowered(nn.Module):
-    """A classifier whose network computes in ``dtype`` on a copy of its own; its preprocessing stays float32."""
-
-    def __init__(self, classifier: Classifier, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model = copy.deepcopy(classifier.model).to(dtype=dtype).eval().requires_grad_(False)
-        self.preprocessing: Preprocessing = classifier.preprocessing
-        self.dtype = dtype
-        self.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(self.preprocessing(images).to(self.dtype))
-
-
-class _Answering(nn.Module):
-    """A classifier whose weights are handed to it with each call, by way of ``given``."""
-
-    def __init__(self, classifier: Classifier, dtype: torch.dtype, names: Sequence[str]) -> None:
-        super().__init__()
-        lowered = _Lowered(classifier, dtype)
-        self._call = [lowered]  # in a list, so that its own weights are no part of this module
-        self.dtype, self.names = dtype, names
-        self.given: dict[str, Tensor] = {}
-        self.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        (lowered,) = self._call
-        weights = {name: value.to(self.dtype) for name, value in self.given.items()}
-        return functional_call(lowered.model, weights, (lowered.preprocessing(images).to(self.dtype),))
-
-
-def _in(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The network in a dtype: itself, or a frozen copy."""
-    parameter = next(network.parameters())
-    if parameter.dtype == dtype:
-        return network
-    with quiet():
-        lowered: nn.Module = copy.deepcopy(network).to(dtype)
-    return lowered.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def _unet_digest(prior: Prior, name: StageName, precision: torch.dtype, guidance_scale: float) -> str:
