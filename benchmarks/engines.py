@@ -28,7 +28,7 @@ from diffdfkd.engine.recipe import Recipe, load_recipe
 from diffdfkd.engine.runner import NoEngine, Runner
 
 STAGES = ("unet", "chain", "vjp")
-REPETITIONS = 10
+REPETITIONS = 20
 STAND_IN_CLASSES = 10
 CPU: tuple[tuple[Backend, torch.dtype], ...] = (
     ("eager", torch.float32),

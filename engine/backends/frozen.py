@@ -1,9 +1,9 @@
 """Inductor's freezing on CPUs, which folds constants and packs weights, kept from writing over what is still read.
 
 With weights packed, torch 2.14 fuses a sum into the convolution before it and adds in place, into the sum's other
-operand. It does not see that a gradient later in the same graph still reads that operand, so gradients come out wrong
-by a few per cent to a factor of 2.5, without a word (docs/log.md). A sum that is spelled a - (-b) is the same to the
-last bit, is fused into what follows it, and is never taken for one of theirs.
+operand. Where a gradient later in the same graph still reads that operand it can come out wrong, by a few per cent to a
+factor of 2.5, without a word (docs/log.md). A sum that is spelled a - (-b) is the same to the last bit, is fused into
+what follows it, and is never taken for one of theirs.
 """
 
 from typing import Any
