@@ -25,9 +25,10 @@ GRAPH = (
     *("engine/inversion.py", "engine/taps.py", "engine/trace.py", "engine/export.py", "engine/onnx_files.py"),
     *("engine/decompositions.py", "engine/attention.py", "engine/max_pooling.py", "engine/normalization.py"),
     *("engine/separable.py", "kernels/activation.py", "kernels/batchnorm_loss.py", "kernels/kd_loss.py"),
-    *("kernels/launch.py", "kernels/moments.py"),
+    *("kernels/launch.py", "kernels/moments.py", "engine/stage_networks.py"),
+    *("engine/parity.py", "engine/example_student.py"),
 )
-"""Sources that say what is in a stage's graph."""
+"""Sources that say what is in a stage's graph, and how it is proven."""
 BUILDERS: Mapping[str, tuple[str, ...]] = {
     "compiled": ("engine/backends/compiled.py", "engine/backends/frozen.py", "engine/backends/channel_rows.py"),
     "tensorrt": ("engine/backends/tensorrt_builder.py",),
