@@ -10,15 +10,27 @@ from pathlib import Path
 
 from diffdfkd.engine.errors import UserError
 
-SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED", "a memory object")
-"""How torch, oneDNN, cuBLAS and the C++ library put it where they raise a plain RuntimeError."""
+SIGNS = (
+    *("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "ALLOC_FAILED", "a memory object"),
+    *("Cannot allocate memory", "Failed to allocate memory", "could not be allocated"),
+    *("OutOfMemory", "cudaErrorMemoryAllocation"),
+)
+"""How torch, oneDNN, cuBLAS and the C++ library put it where they raise a plain RuntimeError; then the system, the
+allocators of ONNX Runtime and OpenVINO, TensorRT, and CUDA."""
+LESS_MEMORY = (
+    "make its batches smaller (synthesis.batch_size), build it for one batch instead of a range, or let it have more "
+    "memory"
+)
+"""What to do where an engine does not fit; one for a range of batches is laid out for the largest."""
 
 
 def ran_out(error: BaseException) -> bool:
     """Whether memory ran out, be it the machine's or a GPU's (``torch.OutOfMemoryError`` is a RuntimeError)."""
     if isinstance(error, MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    # ONNX Runtime's errors are no RuntimeErrors.
+    raised = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime.")
+    return raised and any(sign in str(error) for sign in SIGNS)
 
 
 def may_pass(error: BaseException) -> bool:
@@ -56,7 +68,7 @@ def fitting(field: str, tried: str, cure: str) -> Iterator[None]:
     """Turn an error of the block that says that memory ran out into a UserError about the field."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if not ran_out(error):
             raise
         said = " ".join(str(error).split()).partition(" If reserved but unallocated")[0]

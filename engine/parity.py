@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from diffdfkd.engine.engine_stages import Stage
-from diffdfkd.engine.memory import ran_out
+from diffdfkd.engine.memory import LESS_MEMORY, ran_out
 from diffdfkd.engine.onnx_files import deepest_line
 from diffdfkd.engine.runner import NoEngine
-
-LESS = "give a smaller synthesis.batch_size, or let it have more memory"
 
 
 class Tolerance(NamedTuple):
@@ -87,16 +85,16 @@ def proven(
             return run(*inputs)
         # Each engine has errors of its own.
         except Exception as error:
-            advice = f"; {LESS}" if ran_out(error) else ""
+            advice = f"; {LESS_MEMORY}" if ran_out(error) else ""
             raise NoEngine(f"{stage.name}: {engine} fails when it is called: {deepest_line(error)}{advice}") from error
 
     try:
         parity = measure_parity(stage, call, rows=rows, precision=precision)
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if not ran_out(error):
             raise
         what = "float32 in eager mode, which it is compared with, does not fit into memory"
-        raise NoEngine(f"{stage.name}: {engine}: {what} ({deepest_line(error)}); {LESS}") from error
+        raise NoEngine(f"{stage.name}: {engine}: {what} ({deepest_line(error)}); {LESS_MEMORY}") from error
     if parity.fault is not None:
         raise Refused(f"{stage.name}: {engine} differs from eager ({parity.fault}); it is not used", parity)
     return parity

@@ -64,10 +64,9 @@ def _build_one(subject: Any, stage: str, backend: str, progress: bool) -> "Entry
     from tqdm import tqdm
 
     from diffdfkd.engine.backends.build import prepare
-    from diffdfkd.engine.backends.serve import run_settings
+    from diffdfkd.engine.backends.serve import cannot_be_had, run_settings
     from diffdfkd.engine.runner import NoEngine
 
-    field = "chain" if stage == "chain" else "unet"
     with tqdm(total=100, desc=f"{backend}: {stage}", unit="%", disable=not progress, leave=False) as bar:
 
         def tell(phase: str, fraction: float) -> None:
@@ -78,7 +77,7 @@ def _build_one(subject: Any, stage: str, backend: str, progress: bool) -> "Entry
         try:
             _, entry = prepare(subject.make(stage), backend, subject.precision, settings)  # type: ignore[arg-type]
         except NoEngine as reason:
-            raise UserError(f"engine.{field}: {backend} cannot be had: {reason}") from None
+            raise cannot_be_had(stage, backend, subject.precision, reason) from None
     return entry
 
 

@@ -14,6 +14,8 @@ from diffdfkd.engine.backends.entry import Entry
 from diffdfkd.engine.backends.identity import engine_identity, graph_identity, package_version
 from diffdfkd.engine.engine_stages import Stage
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.memory import LESS_MEMORY, ran_out
+from diffdfkd.engine.onnx_files import deepest_line
 from diffdfkd.engine.parity import Parity, Refused, proven, usual_rows
 from diffdfkd.engine.runner import NoEngine, Runner
 
@@ -205,7 +207,18 @@ PLAN = "plan.engine"
 
 
 def open_runner(stage: Stage, backend: Backend, precision: torch.dtype, settings: Settings, folder: Path) -> Runner:
-    """A runner of what a build left; raises NoEngine where that does not run here."""
+    """A runner of what a build left; raises NoEngine where that does not run here, or not in the memory there is."""
+    try:
+        return _open(stage, backend, precision, settings, folder)
+    # Each engine has errors of its own.
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        said = f"{stage.name}: {backend} does not fit into memory ({deepest_line(error)}); {LESS_MEMORY}"
+        raise NoEngine(said) from error
+
+
+def _open(stage: Stage, backend: Backend, precision: torch.dtype, settings: Settings, folder: Path) -> Runner:
     specification, device = stage.specification, stage.device
     if backend == "eager":
         from diffdfkd.engine.backends.eager import EagerRunner

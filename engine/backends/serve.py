@@ -84,12 +84,20 @@ def serves_itself(recipe: Recipe, backend: str) -> bool:
 
 def open_engine(subject: Subject, stage: str, backend: str, settings: Settings) -> Built:
     """The runner of an explicit choice; UserError, naming the field and the cure, where it cannot be had."""
-    field = "chain" if stage == "chain" else "unet"
+    chosen: Backend = "eager" if backend == "auto" else backend  # type: ignore[assignment]
     try:
-        chosen: Backend = "eager" if backend == "auto" else backend  # type: ignore[assignment]
         return build(subject.make(stage), chosen, subject.precision, settings)
     except NoEngine as reason:
-        raise UserError(f"engine.{field}: {backend} cannot be had: {reason}; or give engine.{field}=eager") from None
+        raise cannot_be_had(stage, chosen, subject.precision, reason) from None
+
+
+def cannot_be_had(stage: str, backend: str, precision: torch.dtype, reason: NoEngine) -> UserError:
+    """The error that names the field of an engine and the cure: of what eager cannot do it is the precision."""
+    field = "chain" if stage == "chain" else "unet"
+    cure = f"; or give engine.{field}=eager"
+    if backend == "eager":
+        cure = "" if precision == torch.float32 else "; give engine.precision=float32"
+    return UserError(f"engine.{field}: {backend} cannot be had: {reason}{cure}")
 
 
 class EngineUNet:

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from packaging.version import Version
 
+from diffdfkd.engine.memory import LESS_MEMORY as LESS_MEMORY
 from diffdfkd.engine.runner import NoEngine
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
@@ -23,11 +24,6 @@ OLDEST: dict[Flavour, str] = {"tensorrt": "10.13", "tensorrt-rtx": "1.7"}
 """Versions from which on the interface is the one that is used here."""
 CURRENT = "CURRENT"
 """TensorRT-RTX's name for the GPU at hand as a target."""
-LESS_MEMORY = (
-    "make its batches smaller (synthesis.batch_size), build it for one batch instead of a range, or let it have more "
-    "memory"
-)
-"""What to do where an engine does not fit; one for a range of batches is laid out for the largest."""
 
 
 def load_flavour(flavour: Flavour) -> Any:

@@ -227,7 +227,7 @@ def test_reference_without_memory_is_said_with_the_cure() -> None:
 
     plain = stage()
     broken = Stage(plain.specification, BF16, lambda dtype: full, "0" * 64, plain.examples)
-    with pytest.raises(NoEngine, match=r"chain: tensorrt: float32 .* memory .*; give a smaller synthesis\.batch_size"):
+    with pytest.raises(NoEngine, match=r"chain: tensorrt: float32 .* memory .*\(synthesis\.batch_size\)"):
         proven(broken, "tensorrt", BF16, outputs)
 
     def wrong(x: Tensor) -> tuple[Tensor, ...]:

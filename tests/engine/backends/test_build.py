@@ -30,6 +30,7 @@ from diffdfkd.engine.backends.eager import EagerRunner
 from diffdfkd.engine.backends.identity import engine_identity
 from diffdfkd.engine.backends.openvino import OpenVinoRunner
 from diffdfkd.engine.engine_stages import Stage
+from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.parity import Refused
 from diffdfkd.engine.runner import NoEngine
 
@@ -214,7 +215,7 @@ def test_engine_that_is_wrong_leaves_the_graph_alone(
 
 @needs_openvino
 @pytest.mark.parametrize(
-    ("what", "said"), [("cannot go on", "cannot go on$"), ("std::bad_alloc", "std::bad_alloc; give a smaller")]
+    ("what", "said"), [("cannot go on", "cannot go on$"), ("std::bad_alloc", "std::bad_alloc; make its batches small")]
 )
 def test_engine_that_fails_when_called_is_no_engine(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, what: str, said: str
@@ -226,6 +227,60 @@ def test_engine_that_fails_when_called_is_no_engine(
     with pytest.raises(NoEngine, match=f"^unet: openvino fails when it is called: RuntimeError: {said}"):
         build(make, "openvino", F32, settings)
     assert kept(settings) == ["onnx"]
+
+
+@pytest.mark.parametrize("when", ["opened", "built"])
+def test_engine_that_does_not_fit_into_memory_is_no_engine(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Nor is it dropped from the cache, or remembered as bad: memory may be there the next time."""
+    if when == "opened":
+        build(make, "onnxruntime", F32, settings).runner.close()
+    before = kept(settings)
+
+    def full(self: Any, *_: Any) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:128] . DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("diffdfkd.engine.backends.onnxruntime.OnnxRuntimeRunner.__init__", full)
+    monkeypatch.setattr(build_module, "_file_parity", lambda *_: None)
+    with pytest.raises(
+        NoEngine, match=r"^unet: onnxruntime does not fit into memory .*smaller \(synthesis\.batch_size\), .*one batch"
+    ) as refusal:
+        build(make, "onnxruntime", F32, settings)
+    assert not refusal.value.lasting
+    assert kept(settings) == (before or ["onnx"])
+
+
+def test_export_that_runs_out_of_memory_may_pass(settings: Settings) -> None:
+    """What the stage itself is to blame for does not."""
+
+    def full(made: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("std::bad_alloc")
+
+    def branching(made: torch.Tensor) -> torch.Tensor:
+        return made if float(made.sum()) > 0 else -made
+
+    for spoil, lasting in ((full, False), (branching, True)):
+        with pytest.raises(NoEngine, match=r"torch\.onnx\.export refuses it") as refusal:
+            build(lambda dtype, spoil=spoil: stand_in(dtype, spoil=spoil), "onnxruntime", F32, settings)
+        assert refusal.value.lasting == lasting
+
+
+def test_eager_goes_on_without_a_cache_and_says_so(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    """The cache would hold its proof alone; other engines are refused."""
+    settings.cache.folder.write_text("a file")
+    built = build(make, "eager", BF16, settings)
+    assert built.parity is not None and built.parity.fault is None and not built.cached
+    right(built.runner, BF16)
+    assert "its comparison with float32 is not kept: engine.cache: " in caplog.text
+    with pytest.raises(UserError, match=r"^engine\.cache: .* cannot be used \(Not a directory\)"):
+        build(make, "onnxruntime", F32, settings)
+
+    def spoilt(precision: torch.dtype) -> Stage:
+        return stand_in(precision, spoil=lambda made: 1.05 * made)
+
+    with pytest.raises(Refused):
+        build(spoilt, "eager", BF16, settings)
 
 
 def damage_graph(cache: Path) -> None:
