@@ -67,7 +67,9 @@ def _build_one(subject: Any, stage: str, backend: str, progress: bool) -> "Entry
     from diffdfkd.engine.backends.serve import cannot_be_had, run_settings
     from diffdfkd.engine.runner import NoEngine
 
-    with tqdm(total=100, desc=f"{backend}: {stage}", unit="%", disable=not progress, leave=False) as bar:
+    # None: only where somebody looks on.
+    hidden = None if progress else True
+    with tqdm(total=100, desc=f"{backend}: {stage}", unit="%", disable=hidden, leave=False) as bar:
 
         def tell(phase: str, fraction: float) -> None:
             bar.set_postfix_str(phase[:40], refresh=False)
