@@ -155,12 +155,12 @@ import json, logging, os, sys, time
 from pathlib import Path
 from diffdfkd.engine.backends.cache import EngineCache
 
-folder, seconds, stage = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+folder, seconds, stage = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 logging.basicConfig(stream=sys.stdout, format="log %(message)s")
 def build(target):
     (target / "plan").write_bytes(b"p" * 1000)
     print("builds", flush=True)
-    time.sleep(seconds)
+    time.sleep(float(seconds)) if seconds != "until told" else sys.stdin.readline()
     return {"by": os.getpid()}
 print("starts", flush=True)
 entry = EngineCache(folder).obtain("tensorrt", {"stage": stage}, build)
@@ -168,9 +168,10 @@ print("has", json.dumps([entry.made, entry.details["by"], entry.path("plan").sta
 """
 
 
-def start(cache: EngineCache, seconds: float, stage: str = "unet") -> subprocess.Popen[str]:
+def start(cache: EngineCache, seconds: float | str, stage: str = "unet") -> subprocess.Popen[str]:
+    """A process whose build takes so long, or "until told" by a line."""
     command = [sys.executable, "-c", WORKER, str(cache.folder), str(seconds), stage]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def until(worker: subprocess.Popen[str], word: str) -> str:
@@ -189,7 +190,7 @@ def outcome(worker: subprocess.Popen[str]) -> Any:
 
 
 def test_two_processes_build_once(cache: EngineCache) -> None:
-    first = start(cache, 1.5)
+    first = start(cache, "until told")
     until(first, "builds")
     others = [start(cache, 0) for _ in range(2)]
     other = start(cache, 0, "decoder")
@@ -200,6 +201,9 @@ def test_two_processes_build_once(cache: EngineCache) -> None:
         assert re.search(
             rf"log {re.escape(str(cache.folder))}/tensorrt/\w+: waits for process {first.pid} on \S+, ", line
         )
+    assert first.stdin is not None
+    first.stdin.write("\n")
+    first.stdin.flush()
     assert outcome(first) == [True, first.pid, 1000]
     assert [outcome(worker) for worker in others] == [[False, first.pid, 1000]] * 2
     assert len(visible(cache)) == 2
