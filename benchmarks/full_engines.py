@@ -6,8 +6,8 @@
 The networks are those of `benchmarks.full_sd15`; nothing is fetched. Three steps, each in a process of its own so that
 its peak of memory is its own: the stage is exported to ONNX, weights in a file beside it, and checked; ONNX Runtime
 computes it on the CPU beside eager float32; TensorRT-RTX builds a plan for the named compute capabilities. Printed is
-one line of JSON; the exit status is 1, with a line on stderr, where a step is refused. It takes minutes, up to 11 GiB of memory
-and 5 GB of disk.
+one line of JSON; the exit status is 1, with a line on stderr, where a step is refused.
+It takes minutes, up to 11 GiB of memory and 5 GB of disk.
 """
 
 import argparse
