@@ -251,6 +251,22 @@ def test_engine_that_does_not_fit_into_memory_is_no_engine(
     assert kept(settings) == (before or ["onnx"])
 
 
+def test_kept_engine_that_fails_when_called_stays_in_the_cache(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be memory, or a GPU, that lacks today: nothing says that the engine is wrong."""
+    build(make, "eager", BF16, settings)
+    before = visible(settings.cache)
+
+    def fail(self: Any, rows: int) -> Any:
+        raise RuntimeError("cannot go on")
+
+    monkeypatch.setattr(EagerRunner, "run", fail)
+    with pytest.raises(NoEngine, match=r"^unet: eager fails when it is called: RuntimeError: cannot go on$"):
+        build(make, "eager", BF16, settings)
+    assert visible(settings.cache) == before != []
+
+
 def test_export_that_runs_out_of_memory_may_pass(settings: Settings) -> None:
     """What the stage itself is to blame for does not."""
 
