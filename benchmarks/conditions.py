@@ -21,7 +21,10 @@ def conditions(device: torch.device) -> dict[str, Any]:
     commit = None
     if shutil.which("git") is not None:
         command = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        folder = Path(__file__).parent
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip()
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], capture_output=True, cwd=folder).returncode
+        commit += "-dirty" if commit and changed else ""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "date": date.today().isoformat(),

@@ -8,6 +8,7 @@ can be used are timed interleaved. On the CPU ``peak_memory_mib`` is what openin
 to what the process held; on CUDA it is torch's own peak, which does not see what an engine allocates by itself.
 """
 
+import gc
 import json
 import statistics
 import time
@@ -19,10 +20,12 @@ from typing import Any
 import torch
 
 from diffdfkd.benchmarks.conditions import QUANTILES, conditions, forget_peak, peak_memory
-from diffdfkd.engine.backends.build import Backend, Settings, build
+from diffdfkd.engine.backends.build import Backend, Make, Settings, build, open_runner, prepare
 from diffdfkd.engine.backends.choose import MODULES
 from diffdfkd.engine.backends.serve import Subject, run_settings
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.memory import fitting
+from diffdfkd.engine.painter import SMALLER
 from diffdfkd.engine.parity import Refused
 from diffdfkd.engine.recipe import Recipe, load_recipe
 from diffdfkd.engine.runner import NoEngine, Runner
@@ -79,7 +82,8 @@ def examine(source: str, overrides: Sequence[str], json_file: Path | None) -> st
     settings = run_settings(subject.recipe)
     rows: list[Row] = []
     for stage in STAGES:
-        rows += measure(subject, stage, settings)
+        with fitting("synthesis.batch_size", f"a batch of {subject.images.usual:,} images", SMALLER):
+            rows += measure(subject, stage, settings)
     device = subject.context.device
     if json_file is not None:
         content = {"conditions": conditions(device), "rows": [asdict(row) for row in rows]}
@@ -91,18 +95,25 @@ def examine(source: str, overrides: Sequence[str], json_file: Path | None) -> st
 def subject_from(source: str, overrides: Sequence[str]) -> Subject:
     """What the stages are made of, by a recipe, or a prior's folder with a small untrained teacher."""
     from diffdfkd.engine.classifier import build_classifier
+    from diffdfkd.engine.painter import refuse_batch
     from diffdfkd.recipes.engines import subject_of
     from diffdfkd.recipes.launch import settle_machine
     from diffdfkd.recipes.run import load_prior_for, use_device
 
-    recipe = stand_in_recipe(source, overrides) if Path(source).is_dir() else load_recipe(source, overrides)
+    alone = Path(source).is_dir()
+    recipe = stand_in_recipe(source, overrides) if alone else load_recipe(source, overrides)
     if recipe.guidance.mode == "none":
         raise UserError("guidance.mode: none has no chain to look at; give clean")
     recipe = settle_machine(recipe)
     use_device(recipe)
-    teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher", seed=0).to(recipe.device)
-    teacher.eval().requires_grad_(False)
-    return subject_of(recipe, load_prior_for(recipe, teacher), teacher)
+    if alone:
+        teacher = build_classifier(recipe.student, recipe.teacher, field="student", seed=0)
+    else:
+        teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher")
+    teacher = teacher.to(recipe.device).eval().requires_grad_(False)
+    prior = load_prior_for(recipe, teacher)
+    refuse_batch(prior, recipe.synthesis.batch_size)
+    return subject_of(recipe, prior, teacher)
 
 
 def stand_in_recipe(prior: str, overrides: Sequence[str]) -> Recipe:
@@ -124,11 +135,10 @@ def measure(subject: Subject, stage: str, settings: Settings) -> list[Row]:
         row = Row(stage, engine, name, batch, usable=False)
         rows.append(row)
         inputs = make(precision).examples(make(precision).specification.rows, 0)
-        before = _held(device)
         try:
             built = build(make, engine, precision, settings)
-            for _ in range(2):
-                built.runner(*inputs)
+            built.runner.close()
+            runner, added = _opened(make, engine, precision, settings, inputs)
         except Refused as reason:
             _note(row, reason.parity)
             row.reason = str(reason)
@@ -137,14 +147,30 @@ def measure(subject: Subject, stage: str, settings: Settings) -> list[Row]:
             row.reason = f"{MODULES.get(engine, engine)}: {reason}" if engine in MODULES else str(reason)
             continue
         row.usable, row.build_seconds = True, round(built.seconds, 1)
-        row.peak_memory_mib = round((_peak(device) - before) / 2**20, 1)
+        row.peak_memory_mib = round(added / 2**20, 1)
         if built.parity is not None:
             _note(row, built.parity)
-        runners.append((row, built.runner))
+        runners.append((row, runner))
     _time(runners, make(torch.float32).examples(make(torch.float32).specification.rows, 0))
     for _, runner in runners:
         runner.close()
     return rows
+
+
+def _opened(
+    make: Make, engine: Backend, precision: torch.dtype, settings: Settings, inputs: Sequence[torch.Tensor]
+) -> tuple[Runner, int]:
+    """A runner of what has been built, and the bytes that opening it and calling it twice added."""
+    stage, folder = make(precision), Path()
+    if (engine, precision) != ("eager", torch.float32):
+        stage, entry = prepare(make, engine, precision, settings)
+        folder = entry.folder
+    gc.collect()
+    before = _held(stage.device)
+    runner = open_runner(stage, engine, precision, settings, folder)
+    for _ in range(2):
+        runner(*inputs)
+    return runner, _peak(stage.device) - before
 
 
 def _note(row: Row, parity: Any) -> None:

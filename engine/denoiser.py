@@ -128,6 +128,8 @@ class Denoiser:
             self.device.type != "cuda"
             or recipe.engine.cuda_graph == "never"
             or recipe.kernel == "reference"
+            # Its session is bound to the stream that it was opened on, and a graph is recorded on another.
+            or "onnxruntime" in (recipe.engine.unet, recipe.engine.chain)
             or recipe.guidance.mode not in ("clean", "none")
             or batch != recipe.synthesis.batch_size
         ):

@@ -25,6 +25,8 @@ def build(recipe: Recipe, *, progress: bool = True) -> str:
     if set(named.values()) <= {"auto", "eager"}:
         raise UserError("engine: nothing is built ahead for auto or eager; name one, such as engine=tensorrt-rtx")
     from diffdfkd.engine.classifier import build_classifier
+    from diffdfkd.engine.memory import fitting
+    from diffdfkd.engine.painter import SMALLER, refuse_batch
     from diffdfkd.recipes.launch import settle_machine
     from diffdfkd.recipes.run import load_prior_for, use_device
 
@@ -32,10 +34,12 @@ def build(recipe: Recipe, *, progress: bool = True) -> str:
     use_device(recipe)
     teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher").to(recipe.device)
     prior = load_prior_for(recipe, teacher)
+    refuse_batch(prior, recipe.synthesis.batch_size)
     lines = []
     for stage, subject in _wanted(recipe, prior, teacher):
         backend = recipe.engine.chain if stage == "chain" else recipe.engine.unet
-        entry = _build_one(subject, stage, backend, progress)
+        with fitting("synthesis.batch_size", f"a batch of {subject.images.usual:,} images", SMALLER):
+            entry = _build_one(subject, stage, backend, progress)
         lines += _lines(stage, subject.student is not None, entry)
     return "\n".join(lines)
 

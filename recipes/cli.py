@@ -297,7 +297,7 @@ def build(
     """Make the recipe's engines before its run, and say where they may run.
 
     \b
-      diffdfkd build throughput_sd15.yaml engine=tensorrt-rtx engine.capabilities=[SM86,SM89]
+      diffdfkd build throughput_cifar10 engine=tensorrt-rtx engine.capabilities=[SM86,SM89]
       diffdfkd build throughput_fashion
 
     TensorRT-RTX engines for named compute capabilities are built without a GPU. All engines go to the user's own

@@ -77,9 +77,10 @@ def prepare(make: Make, backend: Backend, precision: torch.dtype, settings: Sett
     """
     stage = make(graph_precision(backend, precision))
     identity = engine_identity(stage, backend, precision, settings)
-    return stage, settings.cache.obtain(
-        backend, identity, lambda folder: _build(stage, backend, precision, settings, folder)
-    )
+    entry = settings.cache.obtain(backend, identity, lambda folder: _build(stage, backend, precision, settings, folder))
+    if backend in ("onnxruntime", "openvino"):
+        exported(stage, settings)  # what they open, which may have come to harm since
+    return stage, entry
 
 
 def build(make: Make, backend: Backend, precision: torch.dtype, settings: Settings) -> Built:
@@ -166,7 +167,7 @@ def _build(
     if backend == "compiled":
         from diffdfkd.engine.backends.compiled import compile_stage
 
-        details |= compile_stage(stage, folder)
+        details |= compile_stage(stage, folder, settings.cache.side_folder("inductor"))
     elif backend in ("tensorrt", "tensorrt-rtx"):
         details |= _build_plan(stage, backend, settings, folder)
         if settings.capabilities:

@@ -1,9 +1,11 @@
 """Torch's Inductor, ahead of time: the traced stage as a package of machine code that loads in a moment."""
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from diffdfkd.engine.specification import Specification
 from diffdfkd.engine.trace import trace
 
 PACKAGE = "model.pt2"
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 TRIAL = """
 import json, sys, torch
 asked = json.loads(sys.argv[1])
@@ -31,12 +34,15 @@ with torch.no_grad():
 """Run in a process of its own, which a bad package may take with it."""
 
 
-def compile_stage(stage: Stage, folder: Path) -> Mapping[str, Any]:
-    """Write ``folder/model.pt2``; raises NoEngine where tracer or compiler refuse the stage."""
+def compile_stage(stage: Stage, folder: Path, work: Path) -> Mapping[str, Any]:
+    """Write ``folder/model.pt2``; raises NoEngine where tracer or compiler refuse the stage.
+
+    The compiler keeps what it makes on the way in ``work``, the user's own like the cache: it loads code from there.
+    """
     from torch._inductor import aoti_compile_and_package
 
     try:
-        with silent(), torch.no_grad():
+        with silent(), working_in(work), torch.no_grad():
             program, _ = trace(stage, _table(stage.device))
             settings = frozen() if stage.device.type == "cpu" else None
             aoti_compile_and_package(program, package_path=str(folder / PACKAGE), inductor_configs=settings)
@@ -47,6 +53,20 @@ def compile_stage(stage: Stage, folder: Path) -> Mapping[str, Any]:
         raise NoEngine(f"{stage.name}: torch's compiler refuses it: {deepest_line(error)}") from error
     _refuse_crash(folder / PACKAGE, stage)
     return {"specification": stage.specification.describe()}
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Inductor's own cache, by default a folder in /tmp that anybody may have made before."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
 
 
 def _table(device: torch.device) -> dict[Any, Callable[..., Any]]:

@@ -109,7 +109,10 @@ def device_identity(device: torch.device) -> str:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)}, SM{major}{minor}, CUDA {torch.version.cuda}"
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    # Compiled packages are made for this processor alone, and there are many kinds of AVX-512.
+    found = torch.cpu.get_capabilities()
+    able = sorted(name for name, has in found.items() if has is True)
+    return ", ".join([platform.machine(), str(found.get("cpu_name", "")), *able])
 
 
 def package_version(backend: str) -> str | None:

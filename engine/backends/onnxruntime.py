@@ -34,7 +34,9 @@ class OnnxRuntimeRunner(Runner):
         provider: Any = "CPUExecutionProvider"
         if device.type == "cuda":
             stream = str(torch.cuda.current_stream(device).cuda_stream)
-            provider = ("CUDAExecutionProvider", {"device_id": device.index or 0, "user_compute_stream": stream})
+            # float32 is float32: see `recipes.run.use_device`.
+            settings = {"device_id": device.index or 0, "user_compute_stream": stream, "use_tf32": "0"}
+            provider = ("CUDAExecutionProvider", settings)
         try:
             self._session = onnxruntime.InferenceSession(str(model), options, providers=[provider])
         # The runtime has errors of its own for each thing that can be wrong with a file.

@@ -1,20 +1,24 @@
 """Freezing, kept from adding in place."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from stand_in_stages import stand_in
 from torch import Tensor
 from torch.fx import GraphModule, symbolic_trace
 from torch.nn import functional
 
 from diffdfkd.engine.backends.build import Settings, build
 from diffdfkd.engine.backends.cache import EngineCache
+from diffdfkd.engine.backends.compiled import VARIABLE
 from diffdfkd.engine.backends.frozen import SumsApart
 from diffdfkd.engine.backends.serve import Subject
 from diffdfkd.engine.classifier import build_classifier
 from diffdfkd.engine.prior import load_prior
 from diffdfkd.engine.recipe import load_recipe
+from diffdfkd.engine.runner import NoEngine
 from diffdfkd.recipes.engines import subject_of
 
 aten = torch.ops.aten
@@ -69,3 +73,20 @@ def test_demo_chain_in_float32(tmp_path: Path) -> None:
     settings = Settings(EngineCache(tmp_path / "cache"), threads=1)
     parity = build(subject.make("chain"), "compiled", torch.float32, settings).parity
     assert parity is not None and parity.gradient is not None and parity.gradient < 5e-3
+
+
+def test_the_compiler_works_in_the_users_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its usual one is in /tmp, by a name that anybody can tell."""
+    seen: list[str | None] = []
+
+    def compiled(program: object, *, package_path: str, inductor_configs: object) -> None:
+        seen.append(os.environ.get(VARIABLE))
+        raise RuntimeError("enough is known")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiled)
+    monkeypatch.setenv(VARIABLE, "/tmp/somebody")
+    cache = EngineCache(tmp_path / "cache")
+    with pytest.raises(NoEngine, match="enough is known"):
+        build(stand_in, "compiled", torch.float32, Settings(cache, threads=1))
+    assert seen == [str(cache.folder / "inductor")] and os.environ[VARIABLE] == "/tmp/somebody"
+    assert (cache.folder / "inductor").stat().st_mode & 0o777 == 0o700

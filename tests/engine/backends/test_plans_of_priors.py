@@ -4,6 +4,7 @@ The stages of the demo, with its own teacher, and of a tiny Stable Diffusion 1. 
 there is a GPU (test_tensorrt_on_gpu.py); what its graph computes, here.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -60,15 +61,7 @@ def make(request: pytest.FixtureRequest, model: str) -> Make:
     return request.getfixturevalue(model)
 
 
-PLANS = [
-    ("demo", "unet", "ranged", F16),
-    ("demo", "chain", "static", F16),
-    ("demo", "vjp", "ranged", F16),
-    ("sd1", "unet", "static", F32),
-    ("sd1", "chain", "ranged", F32),
-    ("sd1", "vjp", "static", F32),
-]
-"""Each stage of each model; each stage in both precisions, static and ranged. All 24 would take over ten minutes."""
+PLANS = itertools.product(("demo", "sd1"), STAGES, ("static", "ranged"), (F16, F32))
 
 
 @pytest.mark.slow
@@ -81,7 +74,7 @@ def test_plan(make: Make, settings: Settings, name: str, kind: str, precision: t
     check_graph(stage, graph.details["parity"])
     # The weights are in it.
     size = entry.path(PLAN).stat().st_size
-    assert size == entry.details["bytes"] > 0.8 * graph.details["weights_bytes"] > 100_000
+    assert size == entry.details["bytes"] > 0.8 * graph.details["weights_bytes"] > 50_000
 
     sidecar = json.loads((entry.folder / "engine.json").read_text())
     identity, details = sidecar["identity"], sidecar["details"]
