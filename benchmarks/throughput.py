@@ -67,9 +67,11 @@ class Row:
     """Of the shards, the same for every repetition."""
 
 
-def compare(plain: str, fast: str, engine: str, overrides: Sequence[str], repetitions: int) -> list[Row]:
+def compare(
+    plain: str, fast: str, engine: str, overrides: Sequence[str], repetitions: int, precision: str = "bfloat16"
+) -> list[Row]:
     """Raises UserError where shards that must be equal are not."""
-    engines = [f"engine={engine}", "engine.precision=bfloat16"]
+    engines = [f"engine={engine}", f"engine.precision={precision}"]
     ways = [
         Way("plain", plain, EAGER),
         Way("plain, engines", plain, engines),
@@ -133,14 +135,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("plain", nargs="?", default="fashion", help="recipe")
     parser.add_argument("throughput", nargs="?", default="throughput_fashion", help="recipe of the same samples")
     parser.add_argument("overrides", nargs="*", help="for both, such as threads=2")
-    parser.add_argument("--engine", default="compiled", help="of UNet and chain, in bfloat16 (compiled)")
+    parser.add_argument("--engine", default="compiled", help="of UNet and chain (compiled)")
+    parser.add_argument("--precision", default="bfloat16", help="of the engines (bfloat16)")
     parser.add_argument("--images-per-class", type=int, default=100)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--json", type=Path, help="file to write")
     given = parser.parse_args(arguments)
     try:
         overrides = [f"synthesis.images_per_class={given.images_per_class}", *given.overrides]
-        rows = compare(given.plain, given.throughput, given.engine, overrides, given.repetitions)
+        plain, fast = given.plain, given.throughput
+        rows = compare(plain, fast, given.engine, overrides, given.repetitions, given.precision)
     except UserError as error:
         sys.exit(complain(str(error)))
     content = {"conditions": conditions(torch.device("cpu")), "rows": [asdict(row) for row in rows]}

@@ -21,7 +21,9 @@ def with_engines(folder: RunFolder, prior: "Prior", teacher: "Classifier") -> tu
     Raises UserError for a named engine that cannot be had, before the folder is bound to it.
     """
     from diffdfkd.engine.backends.choose import settle_engines
+    from diffdfkd.engine.backends.unet_attention import refuse_attention
 
+    refuse_attention(folder.recipe.engine.attention, folder.recipe.engine.unet, prior.unet)
     recipe, choices = settle_engines(folder.recipe, lambda: subject_of(folder.recipe, prior, teacher))
     recipe = with_attention(recipe, prior)
     build_engines(recipe, prior, teacher)

@@ -43,7 +43,7 @@ def settle_attention(
             use_attention(unet, "sdpa")
     if fault is not None:
         if wanted == "xformers":
-            raise UserError(f"engine.attention: xformers cannot be had: {fault}; give engine.attention=sdpa")
+            raise _refusal(fault)
         log.info("engine.attention=auto takes sdpa: %s", fault)
         return "sdpa"
     if wanted == "xformers":
@@ -51,6 +51,16 @@ def settle_attention(
     seconds = _seconds(unet, call)
     log.info("engine.attention=auto: %s", seconds)
     return "xformers" if seconds["sdpa"] > GAIN * seconds["xformers"] else "sdpa"
+
+
+def refuse_attention(wanted: str, engine: str, unet: nn.Module) -> None:
+    """UserError where xformers is asked for and out of the question, before an engine is looked for."""
+    if wanted == "xformers" and (fault := _fault(engine, unet)) is not None:
+        raise _refusal(fault)
+
+
+def _refusal(fault: str) -> UserError:
+    return UserError(f"engine.attention: xformers cannot be had: {fault}; give engine.attention=sdpa")
 
 
 def use_attention(unet: Any, attention: str) -> None:

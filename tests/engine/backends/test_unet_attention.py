@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
 
-from diffdfkd.engine.backends.unet_attention import settle_attention, use_attention
+from diffdfkd.engine.backends.unet_attention import refuse_attention, settle_attention, use_attention
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.prior import load_prior
 from diffdfkd.engine.recipe import PriorRecipe
@@ -40,4 +40,8 @@ def test_without_a_gpu_xformers_is_refused_and_never_tried(unet: Any) -> None:
         settle_attention("xformers", "eager", unet, call)
     with pytest.raises(UserError, match=r"engine\.unet=compiled has an attention of its own"):
         settle_attention("xformers", "compiled", unet, call)
+    refuse_attention("auto", "eager", unet)
+    for engine in ("auto", "eager"):  # before an engine is looked for
+        with pytest.raises(UserError, match=r"engine\.attention: xformers cannot be had: it needs a CUDA device"):
+            refuse_attention("xformers", engine, unet)
     assert not torch.cuda.is_available() or kinds(unet) == {AttnProcessor2_0}
