@@ -3,9 +3,10 @@
 import atexit
 import json
 import os
+import resource
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -317,3 +318,13 @@ def tiny_lcm_lora(tmp_path_factory: pytest.TempPathFactory, tiny_sd1: Path) -> P
     path = tmp_path_factory.mktemp("lora") / "pytorch_lora_weights.safetensors"
     write_lora(path, tiny_sd1)
     return path
+
+
+MEMORY = resource.getrlimit(resource.RLIMIT_DATA)
+
+
+@pytest.fixture(autouse=True)
+def memory_limit() -> Iterator[None]:
+    """A run that was called in this process has bounded it, and other tests map more than the machine has."""
+    yield
+    resource.setrlimit(resource.RLIMIT_DATA, MEMORY)
