@@ -8,7 +8,7 @@ import torch
 
 from diffdfkd.engine.backends.own_folder import DISK
 from diffdfkd.engine.engine_stages import Stage
-from diffdfkd.engine.memory import LESS_MEMORY, may_pass, ran_out
+from diffdfkd.engine.memory import less_memory, may_pass
 from diffdfkd.engine.onnx_files import OPSET, deepest_line, silent
 from diffdfkd.engine.runner import NoEngine
 from diffdfkd.engine.trace import trace
@@ -59,8 +59,7 @@ def export_stage(stage: Stage, folder: Path) -> Mapping[str, Any]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK:
             raise  # that of the folder is at fault, which is for its owner to say
-        advice = f"; {LESS_MEMORY}" if ran_out(error) else ""
-        said = f"{stage.name}: torch.onnx.export refuses it: {deepest_line(error)}{advice}"
+        said = f"{stage.name}: torch.onnx.export refuses it: {deepest_line(error)}{less_memory(error)}"
         raise NoEngine(said, lasting=not may_pass(error)) from error
     return {"opset": opset, "weights_bytes": weights, "specification": specification.describe()}
 

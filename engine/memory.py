@@ -33,6 +33,11 @@ def ran_out(error: BaseException) -> bool:
     return raised and any(sign in str(error) for sign in SIGNS)
 
 
+def less_memory(error: BaseException) -> str:
+    """The end of an engine's message: what to do where memory ran out, and nothing where it did not."""
+    return f"; {LESS_MEMORY}" if ran_out(error) else ""
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether an error, or what it came of, is of a cause that may be gone the next time: memory, or a disk or file."""
     while True:

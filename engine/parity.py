@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffdfkd.engine.engine_stages import Stage
-from diffdfkd.engine.memory import LESS_MEMORY, ran_out
+from diffdfkd.engine.memory import LESS_MEMORY, less_memory, ran_out
 from diffdfkd.engine.onnx_files import deepest_line
 from diffdfkd.engine.runner import NoEngine
 
@@ -85,8 +85,9 @@ def proven(
             return run(*inputs)
         # Each engine has errors of its own.
         except Exception as error:
-            advice = f"; {LESS_MEMORY}" if ran_out(error) else ""
-            raise NoEngine(f"{stage.name}: {engine} fails when it is called: {deepest_line(error)}{advice}") from error
+            raise NoEngine(
+                f"{stage.name}: {engine} fails when it is called: {deepest_line(error)}{less_memory(error)}"
+            ) from error
 
     try:
         parity = measure_parity(stage, call, rows=rows, precision=precision)

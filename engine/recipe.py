@@ -117,8 +117,8 @@ class EngineRecipe(Section):
     memory_mib: Count | None = None
     """Bound on the scratch memory of a TensorRT engine's layer."""
     freed_memory: Literal["returned", "kept"] = "returned"
-    """On a CPU under glibc; ``kept`` for the next call, it spares the system clearing pages again and again, a fifth to
-    a quarter of a step's time, for a process that stays as large as it ever was."""
+    """On a CPU under glibc; ``kept`` for the next call, it spares the system clearing pages again and again, about a
+    tenth of the demo's synthesis (docs/engines.md), for a process that stays as large as it ever was."""
     cache: str | None = None
     """Folder that engines are kept in, the user's own; $DIFFDFKD_CACHE or ~/.cache/diffdfkd by default."""
 

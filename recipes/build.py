@@ -67,7 +67,7 @@ def _wanted(recipe: Recipe, prior: Any, teacher: Any) -> list[tuple[str, Any]]:
 def _build_one(subject: Any, stage: str, backend: str, progress: bool) -> "Entry":
     from tqdm import tqdm
 
-    from diffdfkd.engine.backends.build import prepare
+    from diffdfkd.engine.backends.build import exported, prepare
     from diffdfkd.engine.backends.serve import cannot_be_had, run_settings
     from diffdfkd.engine.runner import NoEngine
 
@@ -81,7 +81,9 @@ def _build_one(subject: Any, stage: str, backend: str, progress: bool) -> "Entry
 
         settings = replace(run_settings(subject.recipe), progress=_never_falling(tell))
         try:
-            _, entry = prepare(subject.make(stage), backend, subject.precision, settings)  # type: ignore[arg-type]
+            made, entry = prepare(subject.make(stage), backend, subject.precision, settings)  # type: ignore[arg-type]
+            if backend in ("onnxruntime", "openvino"):
+                exported(made, settings)  # what a run will open, which may have come to harm since
         except NoEngine as reason:
             raise cannot_be_had(stage, backend, subject.precision, reason) from None
     return entry

@@ -77,10 +77,9 @@ def prepare(make: Make, backend: Backend, precision: torch.dtype, settings: Sett
     """
     stage = make(graph_precision(backend, precision))
     identity = engine_identity(stage, backend, precision, settings)
-    entry = settings.cache.obtain(backend, identity, lambda folder: _build(stage, backend, precision, settings, folder))
-    if backend in ("onnxruntime", "openvino"):
-        exported(stage, settings)  # what they open, which may have come to harm since
-    return stage, entry
+    return stage, settings.cache.obtain(
+        backend, identity, lambda folder: _build(stage, backend, precision, settings, folder)
+    )
 
 
 def build(make: Make, backend: Backend, precision: torch.dtype, settings: Settings) -> Built:

@@ -59,7 +59,6 @@ def engine_identity(
     if builders := BUILDERS.get(backend):
         identity["builder"] = sources_digest(builders)
     if backend == "compiled":
-        identity["flags"] = ["frozen, sums apart", "row norms", "transposed convolutions"]
         # Their number stands in its code.
         identity["threads"] = settings.threads or torch.get_num_threads()
     if backend in ("tensorrt", "tensorrt-rtx"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffdfkd.engine.backends.onnx_ports import Found, compare_ports
-from diffdfkd.engine.memory import LESS_MEMORY, ran_out
+from diffdfkd.engine.memory import less_memory
 from diffdfkd.engine.onnx_files import deepest_line
 from diffdfkd.engine.runner import NoEngine, Runner
 from diffdfkd.engine.specification import Specification
@@ -41,8 +41,7 @@ class OnnxRuntimeRunner(Runner):
             self._session = onnxruntime.InferenceSession(str(model), options, providers=[provider])
         # The runtime has errors of its own for each thing that can be wrong with a file.
         except Exception as error:
-            advice = f"; {LESS_MEMORY}" if ran_out(error) else ""
-            raise NoEngine(f"{model}: ONNX Runtime refuses it: {deepest_line(error)}{advice}") from None
+            raise NoEngine(f"{model}: ONNX Runtime refuses it: {deepest_line(error)}{less_memory(error)}") from None
         values = (*self._session.get_inputs(), *self._session.get_outputs())
         compare_ports(specification, [_found(value) for value in values], model)
         self._outputs = {

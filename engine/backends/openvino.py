@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffdfkd.engine.backends.onnx_ports import Found, compare_ports
-from diffdfkd.engine.memory import LESS_MEMORY, ran_out
+from diffdfkd.engine.memory import less_memory
 from diffdfkd.engine.runner import NoEngine, Runner
 from diffdfkd.engine.specification import Specification
 
@@ -45,8 +45,7 @@ class OpenVinoRunner(Runner):
             compare_ports(specification, [_found(port) for port in (*graph.inputs, *graph.outputs)], model)
             self._compiled = core.compile_model(graph, "CPU", settings)
         except RuntimeError as error:
-            advice = f"; {LESS_MEMORY}" if ran_out(error) else ""
-            raise NoEngine(f"{model}: OpenVINO refuses it: {_reason(error)}{advice}") from None
+            raise NoEngine(f"{model}: OpenVINO refuses it: {_reason(error)}{less_memory(error)}") from None
         self._openvino = openvino
         self._outputs = {
             port.name: torch.empty(port.shape_at(specification.range[2]), dtype=port.dtype, device=device)

@@ -8,10 +8,10 @@ from weakref import WeakSet
 
 import torch
 
-from diffdfkd.engine.backends.tensorrt_flavour import LESS_MEMORY, Flavour, load_flavour, log_of
+from diffdfkd.engine.backends.tensorrt_flavour import Flavour, load_flavour, log_of
 from diffdfkd.engine.backends.tensorrt_kernels import KernelCache, kernels_file
 from diffdfkd.engine.backends.tensorrt_ports import Tensor, compare
-from diffdfkd.engine.memory import ran_out
+from diffdfkd.engine.memory import LESS_MEMORY, ran_out
 from diffdfkd.engine.runner import NoEngine, Runner
 from diffdfkd.engine.specification import Specification
 

@@ -13,7 +13,6 @@ from typing import Any, TextIO
 
 from diffdfkd.engine.backends.tensorrt_flavour import (
     CURRENT,
-    LESS_MEMORY,
     Flavour,
     TensorRTLog,
     here,
@@ -24,6 +23,7 @@ from diffdfkd.engine.backends.tensorrt_flavour import (
 )
 from diffdfkd.engine.backends.tensorrt_ports import FREE, Tensor, compare
 from diffdfkd.engine.backends.tensorrt_progress import Attention, make_monitor
+from diffdfkd.engine.memory import LESS_MEMORY
 from diffdfkd.engine.runner import NoEngine
 from diffdfkd.engine.shards import write_atomic
 from diffdfkd.engine.specification import Specification

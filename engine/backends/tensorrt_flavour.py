@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args
 import torch
 from packaging.version import Version
 
-from diffdfkd.engine.memory import LESS_MEMORY as LESS_MEMORY
 from diffdfkd.engine.runner import NoEngine
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
