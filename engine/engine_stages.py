@@ -210,7 +210,7 @@ def chain_engine_stage(
         pupil = Answering(student, dtype, list(given)) if given and student is not None else None
         master = Lowered(teacher, dtype)
         # The hooks stay for as long as the copy that they sit on.
-        taps = BatchNormTaps(master.model) if weights.batchnorm_weight > 0 else None
+        taps = BatchNormTaps(master.model, teacher.model) if weights.batchnorm_weight > 0 else None
         chain = guidance_chain(decoder(prior, dtype), master, taps, weights, pupil, kernel="reference")
 
         def function(x0: Tensor, targets: Tensor, alive: Tensor, *values: Tensor) -> tuple[Tensor, ...]:

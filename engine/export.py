@@ -8,6 +8,7 @@ import torch
 
 from diffdfkd.engine.backends.own_folder import DISK
 from diffdfkd.engine.engine_stages import Stage
+from diffdfkd.engine.folded_upsampling import by_phases, transposed
 from diffdfkd.engine.memory import less_memory, may_pass
 from diffdfkd.engine.onnx_files import OPSET, deepest_line, silent
 from diffdfkd.engine.runner import NoEngine
@@ -36,7 +37,7 @@ def export_stage(stage: Stage, folder: Path) -> Mapping[str, Any]:
     opset = BFLOAT16_OPSET if stage.precision == torch.bfloat16 else OPSET
     try:
         with silent(), torch.no_grad():
-            program, _ = trace(stage)
+            program, _ = trace(stage, doubling=by_phases if stage.precision == torch.bfloat16 else transposed)
             exported = torch.onnx.export(
                 program,
                 dynamo=True,

@@ -70,14 +70,17 @@ class BatchNormTaps:
 
     A forward that begins at `model` first forgets the one before. A layer that a forward passes twice keeps its last
     input. Layers without running statistics are not tapped; UserError if no layer is left.
+
+    Of a copy in half precision ``remembered`` is the network that it was made of: its statistics are whole.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, remembered: nn.Module | None = None) -> None:
         layers = tappable(model)
         if not layers:
             raise UserError(f"guidance.batchnorm_weight: {untappable(model)}")
         self.names = list(layers)
         self._layers = list(layers.values())
+        self._remembered = self._layers if remembered is None else [*tappable(remembered).values()]
         self._inputs: list[Tensor | None] = [None] * len(layers)
         self._versions = [0] * len(layers)
         self._handles = [model.register_forward_pre_hook(lambda *_: self.clear())]
@@ -115,12 +118,12 @@ class BatchNormTaps:
     @property
     def running_means(self) -> list[Tensor]:
         """Stored mean [C] of each layer."""
-        return [layer.running_mean for layer in self._layers if layer.running_mean is not None]
+        return [layer.running_mean for layer in self._remembered if layer.running_mean is not None]
 
     @property
     def running_variances(self) -> list[Tensor]:
         """Stored variance [C] of each layer."""
-        return [layer.running_var for layer in self._layers if layer.running_var is not None]
+        return [layer.running_var for layer in self._remembered if layer.running_var is not None]
 
     def clear(self) -> None:
         """Forget the inputs, and with them the graph that they hold."""

@@ -12,15 +12,16 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from diffdfkd.engine.decompositions import decompositions, whole_resizing
 from diffdfkd.engine.engine_stages import Function, Stage
+from diffdfkd.engine.folded_upsampling import FoldedUpsampling, Form, transposed
 
 
 def trace(
-    stage: Stage, more: Mapping[Any, Callable[..., Any]] | None = None
+    stage: Stage, more: Mapping[Any, Callable[..., Any]] | None = None, doubling: Form = transposed
 ) -> tuple[torch.export.ExportedProgram, tuple[Tensor, ...]]:
     """(the program, inputs of about the usual batch); nothing is computed.
 
     The batch is a symbol where the specification says so, else a constant. ``more`` are decompositions in the place of
-    those of the same operators.
+    those of the same operators. ``doubling`` is the form of a convolution of a doubled image.
     """
     specification = stage.specification
     least, rows, most = specification.range
@@ -30,7 +31,7 @@ def trace(
     # As the buffers of a runner lie: a compiler may hold on to strides.
     inputs = tuple(value.contiguous() for value in stage.examples(rows, 0))
     batched = [not specification.static and port.batched for port in specification.inputs]
-    graph = _graph(stage, inputs, batched, {**decompositions(), **(more or {})})
+    graph = _graph(stage, inputs, batched, {**decompositions(), **(more or {})}, doubling)
     dynamic = None
     if any(batched):
         # The tracer takes 0 and 1 for constants: a batch of 1 is served by the same graph all the same.
@@ -41,10 +42,14 @@ def trace(
 
 
 def _graph(
-    stage: Stage, inputs: Sequence[Tensor], batched: Sequence[bool], table: Mapping[Any, Callable[..., Any]]
+    stage: Stage,
+    inputs: Sequence[Tensor],
+    batched: Sequence[bool],
+    table: Mapping[Any, Callable[..., Any]],
+    doubling: Form,
 ) -> GraphModule:
     function = stage.function  # made outside the trace
-    with torch.no_grad():
+    with torch.no_grad(), FoldedUpsampling(doubling):
         if any(batched):
             mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
             fakes = [_fake(mode, value, free) for value, free in zip(inputs, batched, strict=True)]

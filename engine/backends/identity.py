@@ -23,7 +23,13 @@ ROOT = Path(__file__).parents[2]
 GRAPH = (
     *("engine/engine_stages.py", "engine/stages.py", "engine/prior.py", "engine/classifier.py"),
     *("engine/inversion.py", "engine/taps.py", "engine/trace.py", "engine/export.py", "engine/onnx_files.py"),
-    *("engine/decompositions.py", "engine/attention.py", "engine/max_pooling.py", "engine/normalization.py"),
+    *(
+        "engine/decompositions.py",
+        "engine/folded_upsampling.py",
+        "engine/attention.py",
+        "engine/max_pooling.py",
+        "engine/normalization.py",
+    ),
     *("engine/separable.py", "kernels/activation.py", "kernels/batchnorm_loss.py", "kernels/kd_loss.py"),
     *("kernels/launch.py", "kernels/moments.py", "engine/stage_networks.py"),
     *("engine/parity.py", "engine/example_student.py"),

@@ -17,7 +17,7 @@ from diffdfkd.engine.engine_stages import Batches, Stage, student_weights, unet_
 from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.stages import decode_stage, guidance_chain, unet_stage
-from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.engine.taps import BatchNormTaps, tappable
 
 F32, BF16 = torch.float32, torch.bfloat16
 ADVERSARIAL = WEIGHTS.model_copy(update={"adversarial_weight": 0.5})
@@ -111,6 +111,21 @@ def test_chain_is_the_runs_own(prior: Prior, precision: torch.dtype, tolerance: 
     inputs = stage.examples(6, 0)
     assert inputs[2].any() and not inputs[2].all()
     agree(stage, eager_chain(prior, classifier(), weights=weights)(*inputs), inputs, tolerance)
+
+
+def test_statistics_are_not_rounded_with_the_networks(prior: Prior) -> None:
+    """What bfloat16 would round away moves L_bn all the same: the distance is looked at in float32."""
+    found = []
+    for moved in (1.0, 1.001):
+        teacher = classifier()
+        for layer in tappable(teacher.model).values():
+            layer.running_var.fill_(2.0 * moved)
+        stage = prior_stage("chain", prior, BATCHES, BF16, teacher=teacher, weights=WEIGHTS)
+        inputs = stage.examples(6, 0)
+        by_statistics = [function(*inputs)[3][2] for function in (stage.function, stage.reference)]
+        found.append(torch.stack(by_statistics))
+    low, exact = (found[1] - found[0]).tolist()
+    assert abs(exact) > 1e-4 and abs(low - exact) < 0.3 * abs(exact)
 
 
 def test_masked_samples_count_nowhere(prior: Prior) -> None:

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +44,20 @@ def test_taps_give_the_inputs_of_the_layers_inside_the_graph() -> None:
     model(images)
     with pytest.raises(UserError, match="took no part"):
         _ = taps.inputs
+
+
+def test_a_copy_in_half_precision_is_held_to_whole_statistics() -> None:
+    model = network()
+    model(torch.randn(2, 1, 9, 9))  # the lazy layer
+    model[1].running_mean.fill_(1.001)
+    lowered = copy.deepcopy(model).to(torch.bfloat16)
+    with BatchNormTaps(lowered, model) as taps:
+        lowered(torch.randn(2, 1, 9, 9, dtype=torch.bfloat16))
+        assert all(kept.dtype == torch.bfloat16 for kept in taps.inputs)
+        assert torch.equal(taps.running_means[0], torch.full((3,), 1.001))
+        assert taps.running_variances[1] is model[4].running_var
+    with BatchNormTaps(lowered) as taps:
+        assert torch.equal(taps.running_means[0], torch.ones(3, dtype=torch.bfloat16))
 
 
 def test_a_model_without_batchnorm_is_refused() -> None:
