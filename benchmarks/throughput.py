@@ -15,22 +15,19 @@ pays for what comes once; engines are built before the first process is timed.
 """
 
 import argparse
-import hashlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from diffdfkd.benchmarks.conditions import conditions
+from diffdfkd.benchmarks.synthesis_run import Synthesis, synthesize
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.journal import read_journal
 from diffdfkd.engine.shards import write_atomic
 from diffdfkd.recipes.command import complain
 
@@ -78,7 +75,7 @@ def compare(
         Way("kept", fast, EAGER),
         Way("throughput", fast, engines),
     ]
-    found: dict[str, list[dict[str, Any]]] = {way.name: [] for way in ways}
+    found: dict[str, list[Synthesis]] = {way.name: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder:
         few = [*overrides, "synthesis.images_per_class=1"]
         for way in ways:
@@ -86,47 +83,30 @@ def compare(
         for turn in range(repetitions):
             for way in ways:
                 found[way.name].append(_make(way, overrides, Path(folder) / str(turn) / way.name))
-                print(f"{way.name}: {found[way.name][-1]['rate']:.1f} images a second", file=sys.stderr)
+                print(f"{way.name}: {found[way.name][-1].rate:.1f} images a second", file=sys.stderr)
     for one, other in EQUAL:
-        if len(digests := {made["digest"] for name in (one, other) for made in found[name]}) != 1:
+        if len(digests := {made.digest for name in (one, other) for made in found[name]}) != 1:
             raise UserError(f"{one}, {other}: {len(digests)} different sets of shards, where all must be equal")
     return [_row(name, made, found["plain"]) for name, made in found.items()]
 
 
-def _row(name: str, made: list[dict[str, Any]], plain: list[dict[str, Any]]) -> Row:
-    rates = [one["rate"] for one in made]
+def _row(name: str, made: list[Synthesis], plain: list[Synthesis]) -> Row:
+    rates = [one.rate for one in made]
     return Row(
         name,
         round(statistics.median(rates), 2),
         round(min(rates), 2),
         round(max(rates), 2),
-        round(statistics.median(mine / theirs["rate"] for mine, theirs in zip(rates, plain, strict=True)), 3),
-        round(max(one["writing"] for one in made), 4),
-        round(statistics.median(one["wall"] for one in made), 1),
-        round(statistics.median(one["memory"] for one in made), 1),
-        made[0]["digest"],
+        round(statistics.median(mine / theirs.rate for mine, theirs in zip(rates, plain, strict=True)), 3),
+        round(max(one.writing for one in made), 4),
+        round(statistics.median(one.wall for one in made), 1),
+        round(statistics.median(one.memory for one in made), 1),
+        made[0].digest,
     )
 
 
-def _make(way: Way, overrides: Sequence[str], output: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "diffdfkd.recipes.cli", "synthesize", way.recipe, *way.overrides, *overrides]
-    done = subprocess.run([*command, f"output={output}"], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{way.name}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
-    rows = list(read_journal(output / "metrics.jsonl"))
-    shards = [row for row in rows if row["event"] == "shard"]
-    steady = shards[1:] or shards
-    digest = hashlib.sha256()
-    for path in sorted((output / "synthetic").rglob("*.tar")):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    seconds = sum(row["seconds"] for row in steady)
-    return {
-        "rate": sum(row["images"] for row in steady) / seconds,
-        "writing": sum(row["writing_seconds"] for row in steady) / seconds,
-        "wall": rows[-1]["time"] - rows[0]["time"] + rows[0].get("seconds_before", 0.0),
-        "memory": max(row["peak_memory_mib"] for row in rows if row.get("peak_memory_mib") is not None),
-        "digest": digest.hexdigest(),
-    }
+def _make(way: Way, overrides: Sequence[str], output: Path) -> Synthesis:
+    return synthesize(way.recipe, [*way.overrides, *overrides], output, name=way.name)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from diffdfkd.benchmarks import accuracy, throughput
+from diffdfkd.benchmarks.synthesis_run import Synthesis
 from diffdfkd.engine.errors import UserError
 
 
@@ -14,12 +15,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, **digests: str) -> list[str]:
     """Runs that take no time, plain at 10 images a second and others at 25; their names in order."""
     made: list[str] = []
 
-    def run(way: throughput.Way, overrides: Any, output: Path) -> dict[str, Any]:
+    def run(way: throughput.Way, overrides: Any, output: Path) -> Synthesis:
         made.append(way.name)
         eager = "engine=eager" in way.overrides
         rate = 10.0 + len(made) % 2 if way.name == "plain" else 25.0
         digest = digests.get(way.name.split(",")[0] if eager else "engines", "same" if eager else "other")
-        return {"rate": rate, "writing": 0.01 * len(made), "wall": 3.0, "memory": 100.0, "digest": digest}
+        return Synthesis(rate, writing=0.01 * len(made), wall=3.0, memory=100.0, digest=digest)
 
     monkeypatch.setattr(throughput, "_make", run)
     return made

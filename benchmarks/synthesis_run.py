@@ -1,0 +1,58 @@
+"""One synthesis in a process of its own, and what its journal says of it."""
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.journal import read_journal
+
+KILLED = -9
+"""Exit status of a process that the system ended: for want of memory, when nobody else did."""
+
+
+class Synthesis(NamedTuple):
+    """What one run came to. Rates are those of the shards after the first, which pays for what comes once."""
+
+    rate: float
+    """Images a second."""
+    writing: float
+    """Share of the shards' seconds that the writing thread was busy."""
+    wall: float
+    """Seconds, start of the process included."""
+    memory: float
+    """MiB, the peak of the process, or of the GPU's allocator."""
+    digest: str
+    """SHA-256 of the shards."""
+
+
+class TooLarge(UserError):
+    """The batch does not fit into memory."""
+
+
+def synthesize(recipe: str, overrides: Sequence[str], output: Path, *, name: str) -> Synthesis:
+    """Run ``diffdfkd synthesize``; raises TooLarge, or UserError with ``name`` and what the run said last."""
+    command = [sys.executable, "-m", "diffdfkd.recipes.cli", "synthesize", recipe, *overrides, f"output={output}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = f"{name}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}"
+        lacking = ("fit into memory", "memory at the very least")
+        large = done.returncode == KILLED or any(words in said for words in lacking)
+        raise (TooLarge if large else UserError)(said)
+    rows = list(read_journal(output / "metrics.jsonl"))
+    shards = [row for row in rows if row["event"] == "shard"]
+    steady = shards[1:] or shards
+    digest = hashlib.sha256()
+    for path in sorted((output / "synthetic").rglob("*.tar")):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    seconds = sum(row["seconds"] for row in steady)
+    return Synthesis(
+        rate=sum(row["images"] for row in steady) / seconds,
+        writing=sum(row["writing_seconds"] for row in steady) / seconds,
+        wall=rows[-1]["time"] - rows[0]["time"] + rows[0].get("seconds_before", 0.0),
+        memory=max(row["peak_memory_mib"] for row in rows if row.get("peak_memory_mib") is not None),
+        digest=digest.hexdigest(),
+    )
