@@ -97,11 +97,12 @@ def check_graph(stage: Stage, parity: dict[str, Any]) -> None:
     least, usual, most = stage.specification.range
     assert parity["fault"] is None
     assert parity["rows"] == ([2, 1] if stage.specification.static else [least, usual, most])
-    assert 0 < parity["relative"] < tolerance.values
+    # A few losses may come to the same bits; a whole gradient or prediction from another program does not.
+    assert 0 <= parity["relative"] < tolerance.values
     if stage.gradients:
         assert 0 < parity["gradient"] < tolerance.gradients and parity["cosine"] > tolerance.cosine
     else:
-        assert parity["gradient"] is None
+        assert parity["relative"] > 0 and parity["gradient"] is None
 
 
 @pytest.mark.slow
