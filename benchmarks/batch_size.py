@@ -2,35 +2,41 @@
 
     python -m diffdfkd.benchmarks.batch_size throughput_fashion threads=2 --memory-mib 2048 --json batches.json
 
-Each batch is four shards of one batch in a process of its own: images a second of the last three, peak memory of all.
-From the recipe's own batch it goes up by doubling while the batch fits, or down by halving until one does, and halves
-what lies between the largest that fits and the smallest that does not. Engines for one batch are built anew for each:
-``engine=eager`` finds the batch in less time. On CUDA memory is that of torch's allocator, and TensorRT's plans are no
-part of it: leave room for them.
+Each batch is four shards of one batch or more, to a whole set of classes, in a process of its own: images a second of
+those after the first, peak memory of all of it, with its engines built and proven in an empty cache, as in the first
+run of a user. From the recipe's own batch it goes up by doubling while the batch fits, or down by halving until one
+does, and halves what lies between the largest that fits and the smallest that does not.
+
+Name the engine that the run is to have: for shards this few ``engine=auto`` is eager, and another engine takes other
+memory. Batches come one after the other, so differences of a few per cent between their rates say nothing. The chain of
+later rounds has the student in it, which takes some more. On CUDA memory is that of torch's allocator alone: leave room
+for TensorRT's plans and ONNX Runtime's arenas.
 """
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from diffdfkd.benchmarks.conditions import conditions
-from diffdfkd.benchmarks.synthesis_run import TooLarge, synthesize
+from diffdfkd.benchmarks.synthesis_run import Synthesis, TooLarge, synthesize
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe, load_recipe
 from diffdfkd.engine.shards import write_atomic
-from diffdfkd.recipes.command import complain
-from diffdfkd.recipes.launch import settle_machine
+from diffdfkd.recipes.command import complain, refuse_json
 
 SHARDS = 4
 """The first of them pays for what comes once."""
 NEAR = 1.25
-"""The search ends where the smallest batch that does not fit is less than this times the largest that does."""
+"""The search ends where the smallest batch that does not fit is at most this times the largest that does, or the next
+number."""
 
 
 @dataclass
@@ -42,8 +48,10 @@ class Row:
     images_per_second: float | None = None
     """None where it did not come that far."""
     peak_memory_mib: float | None = None
+    engines: str | None = None
+    """Of UNet and guidance chain, as the run settled them."""
     reason: str | None = None
-    """Why it does not fit."""
+    """Why it does not fit, or does not run at all: a recipe may forbid a batch."""
 
 
 def search(start: int, most: int, tried: Callable[[int], bool]) -> int | None:
@@ -70,36 +78,64 @@ def search(start: int, most: int, tried: Callable[[int], bool]) -> int | None:
     return batch
 
 
-def measure(recipe: str, overrides: Sequence[str], settled: Recipe, limit_mib: float | None, most: int) -> list[Row]:
-    """A row for each batch that was tried, in ascending order; ``settled`` is the recipe with its overrides.
+def measure(
+    recipe: str, overrides: Sequence[str], limit_mib: float | None, most: int, json_file: Path | None
+) -> list[Row]:
+    """A row for each batch that was tried, in ascending order; after each ``json_file`` holds those that there are.
 
-    Raises UserError where a run fails otherwise.
+    Raises UserError where the first batch cannot be run for another reason than its size.
     """
+    settled = load_recipe(recipe, overrides)
     rows: dict[int, Row] = {}
+    made_on: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
 
         def tried(batch: int) -> bool:
-            rows[batch] = _row(recipe, [*overrides, *_sizes(settled, batch)], batch, limit_mib, Path(folder))
-            print(_line(rows[batch]), file=sys.stderr, flush=True)
-            return rows[batch].fits
+            name = f"a batch of {batch}"
+            try:
+                made = synthesize(
+                    recipe,
+                    [*overrides, *_sizes(settled, batch), f"engine.cache={folder}/cache"],
+                    Path(folder) / str(batch),
+                    name=name,
+                )
+            except UserError as reason:
+                if not rows and not isinstance(reason, TooLarge):
+                    raise
+                row = Row(batch, fits=False, reason=str(reason).removeprefix(f"{name}: "))
+            else:
+                row = _row(batch, made, limit_mib)
+                used = made.recipe
+                made_on.update({**conditions(torch.device(used.device)), "threads": used.threads})
+            # A batch's shards and engines are of no use to the next.
+            for left in (str(batch), "cache"):
+                shutil.rmtree(Path(folder) / left, ignore_errors=True)
+            rows[batch] = row
+            print(_line(row), file=sys.stderr, flush=True)
+            if json_file is not None:
+                content = {"conditions": made_on, "rows": [asdict(row) for row in _ascending(rows)]}
+                write_atomic(json_file, (json.dumps(content, indent=1) + "\n").encode())
+            return row.fits
 
         search(settled.synthesis.batch_size, most, tried)
+    return _ascending(rows)
+
+
+def _ascending(rows: dict[int, Row]) -> list[Row]:
     return [rows[batch] for batch in sorted(rows)]
 
 
 def _sizes(recipe: Recipe, batch: int) -> list[str]:
-    """Overrides for `SHARDS` shards of one batch, and less than a class more."""
-    images = -(-SHARDS * batch // len(recipe.teacher.classes))
+    """Overrides for `SHARDS` shards of one batch in the first round, and less than a class more."""
+    images = -(-SHARDS * batch // len(recipe.teacher.classes)) * recipe.rounds
     sizes = {"images_per_class": images, "batch_size": batch, "batches_per_shard": 1}
-    return ["rounds=1", *(f"synthesis.{name}={size}" for name, size in sizes.items())]
+    return ["distillation.holdout=0", *(f"synthesis.{name}={size}" for name, size in sizes.items())]
 
 
-def _row(recipe: str, overrides: Sequence[str], batch: int, limit_mib: float | None, folder: Path) -> Row:
-    try:
-        made = synthesize(recipe, overrides, folder / str(batch), name=f"a batch of {batch}")
-    except TooLarge as reason:
-        return Row(batch, fits=False, reason=str(reason))
-    row = Row(batch, True, round(made.rate, 2), round(made.memory, 1))
+def _row(batch: int, made: Synthesis, limit_mib: float | None) -> Row:
+    engine = made.recipe.engine
+    names = f"{engine.unet}, {engine.chain}"
+    row = Row(batch, True, round(made.rate, 2), round(made.memory, 1), names)
     if limit_mib is not None and made.memory > limit_mib:
         row.fits, row.reason = False, f"it takes {made.memory:,.0f} of {limit_mib:,.0f} MiB"
     return row
@@ -112,34 +148,37 @@ def _line(row: Row) -> str:
     return said if row.fits else f"{said}: too much ({row.reason})"
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """The last line: the largest batch that fits, what bounds it, and the fastest."""
+    fits = [row for row in rows if row.fits]
+    if not fits:
+        raise UserError(f"synthesis.batch_size: no batch fits into memory ({rows[0].reason})")
+    largest = fits[-1].batch
+    beyond = next((f"{row.batch} does not" for row in rows if row.batch > largest), "no larger one was tried")
+    fastest = max(fits, key=lambda row: row.images_per_second or 0)
+    return f"largest that fits: synthesis.batch_size={largest} ({beyond}); fastest: {fastest.batch}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; exit status 2 with one line on bad input, or where no batch fits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="throughput_fashion")
-    parser.add_argument("overrides", nargs="*", help="such as threads=2 engine=eager")
+    parser.add_argument("overrides", nargs="*", help="such as threads=2 engine=compiled")
     parser.add_argument("--memory-mib", type=float, help="limit of the run's peak memory (what the machine has)")
     parser.add_argument("--most", type=int, default=4096, help="largest batch to try (4096)")
     parser.add_argument("--json", type=Path, help="file to write")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     try:
         for name, value in (("--memory-mib", given.memory_mib), ("--most", given.most)):
             if value is not None and not value >= 1:
                 raise UserError(f"{name}: got {value:g}; at least 1 expected")
-        recipe = settle_machine(load_recipe(given.recipe, given.overrides))
-        rows = measure(given.recipe, given.overrides, recipe, given.memory_mib, given.most)
+        refuse_json(given.json)
+        rows = measure(given.recipe, given.overrides, given.memory_mib, given.most, given.json)
+        for row in rows:
+            print(_line(row))
+        print(summary(rows))
     except UserError as error:
         sys.exit(complain(str(error)))
-    if given.json is not None:
-        made_on = {**conditions(torch.device(recipe.device)), "threads": recipe.threads}
-        content = {"conditions": made_on, "rows": [asdict(row) for row in rows]}
-        write_atomic(given.json, (json.dumps(content, indent=1) + "\n").encode())
-    for row in rows:
-        print(_line(row))
-    fitting = [row for row in rows if row.fits]
-    if not fitting:
-        sys.exit(complain("synthesis.batch_size: not even one image fits into memory"))
-    fastest = max(fitting, key=lambda row: row.images_per_second or 0)
-    print(f"largest that fits: synthesis.batch_size={fitting[-1].batch}; fastest: {fastest.batch}")
 
 
 if __name__ == "__main__":

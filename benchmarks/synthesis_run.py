@@ -1,6 +1,7 @@
 """One synthesis in a process of its own, and what its journal says of it."""
 
 import hashlib
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,13 +10,21 @@ from typing import NamedTuple
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.journal import read_journal
+from diffdfkd.engine.memory import SIGNS
+from diffdfkd.engine.recipe import Recipe
+from diffdfkd.engine.run_recipe import read_run_recipe
 
-KILLED = -9
-"""Exit status of a process that the system ended: for want of memory, when nobody else did."""
+LACKING = ("fit into memory", "of memory at the very least", "have more memory", *SIGNS)
+"""In what a run says where its batch is too large."""
+PRIOR = "prior.path: "
+"""Begins what is said of networks that no smaller batch would make fit."""
 
 
 class Synthesis(NamedTuple):
-    """What one run came to. Rates are those of the shards after the first, which pays for what comes once."""
+    """What one run came to.
+
+    Rates are those of whole shards after the first, which pays for what comes once.
+    """
 
     rate: float
     """Images a second."""
@@ -27,6 +36,8 @@ class Synthesis(NamedTuple):
     """MiB, the peak of the process, or of the GPU's allocator."""
     digest: str
     """SHA-256 of the shards."""
+    recipe: Recipe
+    """As the run froze it: engines, device and threads that were left to it are settled."""
 
 
 class TooLarge(UserError):
@@ -38,13 +49,16 @@ def synthesize(recipe: str, overrides: Sequence[str], output: Path, *, name: str
     command = [sys.executable, "-m", "diffdfkd.recipes.cli", "synthesize", recipe, *overrides, f"output={output}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        said = f"{name}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}"
-        lacking = ("fit into memory", "memory at the very least")
-        large = done.returncode == KILLED or any(words in said for words in lacking)
-        raise (TooLarge if large else UserError)(said)
+        said = (done.stderr.strip().splitlines() or ["no word"])[-1].removeprefix("error: ")
+        if done.returncode < 0:
+            # By the system for want of memory, when nobody else did it.
+            said = f"ended by signal {-done.returncode}"
+        large = done.returncode == -signal.SIGKILL or any(words in said for words in LACKING)
+        raise (TooLarge if large and not said.startswith(PRIOR) else UserError)(f"{name}: {said}")
     rows = list(read_journal(output / "metrics.jsonl"))
     shards = [row for row in rows if row["event"] == "shard"]
-    steady = shards[1:] or shards
+    samples = [row["images"] + row["dropped"] for row in shards]
+    steady = [row for row, count in zip(shards[1:], samples[1:], strict=True) if count == samples[0]] or shards
     digest = hashlib.sha256()
     for path in sorted((output / "synthetic").rglob("*.tar")):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -55,4 +69,5 @@ def synthesize(recipe: str, overrides: Sequence[str], output: Path, *, name: str
         wall=rows[-1]["time"] - rows[0]["time"] + rows[0].get("seconds_before", 0.0),
         memory=max(row["peak_memory_mib"] for row in rows if row.get("peak_memory_mib") is not None),
         digest=digest.hexdigest(),
+        recipe=read_run_recipe(output)[0],
     )

@@ -10,7 +10,7 @@ Four ways of making the same samples, each in a process of its own, in turn:
     throughput      the throughput recipe
 
 The shards of ``plain`` and ``kept`` must be equal, and those of ``plain, engines`` and ``throughput``: what makes a
-throughput recipe faster besides its engines changes no image. Rates are those of the shards after the first, which
+throughput recipe faster besides its engines changes no image. Rates are those of whole shards after the first, which
 pays for what comes once; engines are built before the first process is timed.
 """
 
@@ -28,8 +28,9 @@ import torch
 from diffdfkd.benchmarks.conditions import conditions
 from diffdfkd.benchmarks.synthesis_run import Synthesis, synthesize
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe import Recipe
 from diffdfkd.engine.shards import write_atomic
-from diffdfkd.recipes.command import complain
+from diffdfkd.recipes.command import complain, refuse_json
 
 EAGER = ["engine=eager", "engine.precision=float32"]
 EQUAL = (("plain", "kept"), ("plain, engines", "throughput"))
@@ -66,8 +67,8 @@ class Row:
 
 def compare(
     plain: str, fast: str, engine: str, overrides: Sequence[str], repetitions: int, precision: str = "bfloat16"
-) -> list[Row]:
-    """Raises UserError where shards that must be equal are not."""
+) -> tuple[list[Row], Recipe]:
+    """(a row for each way, the plain recipe as it ran); raises UserError where shards that must be equal are not."""
     engines = [f"engine={engine}", f"engine.precision={precision}"]
     ways = [
         Way("plain", plain, EAGER),
@@ -87,7 +88,7 @@ def compare(
     for one, other in EQUAL:
         if len(digests := {made.digest for name in (one, other) for made in found[name]}) != 1:
             raise UserError(f"{one}, {other}: {len(digests)} different sets of shards, where all must be equal")
-    return [_row(name, made, found["plain"]) for name, made in found.items()]
+    return [_row(name, made, found["plain"]) for name, made in found.items()], found["plain"][0].recipe
 
 
 def _row(name: str, made: list[Synthesis], plain: list[Synthesis]) -> Row:
@@ -120,14 +121,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--images-per-class", type=int, default=100)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--json", type=Path, help="file to write")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     try:
+        refuse_json(given.json)
         overrides = [f"synthesis.images_per_class={given.images_per_class}", *given.overrides]
         plain, fast = given.plain, given.throughput
-        rows = compare(plain, fast, given.engine, overrides, given.repetitions, given.precision)
+        rows, used = compare(plain, fast, given.engine, overrides, given.repetitions, given.precision)
     except UserError as error:
         sys.exit(complain(str(error)))
-    content = {"conditions": conditions(torch.device("cpu")), "rows": [asdict(row) for row in rows]}
+    made_on = {**conditions(torch.device(used.device)), "threads": used.threads}
+    content = {"conditions": made_on, "rows": [asdict(row) for row in rows]}
     text = json.dumps(content, indent=1) + "\n"
     if given.json is not None:
         write_atomic(given.json, text.encode())

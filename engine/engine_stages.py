@@ -1,8 +1,9 @@
 """The heavy parts of a run as stages for engines: pure tensor functions of one precision, each with its specification.
 
 `engine/stages.py` says what UNet, decoder and guidance chain compute. Here each becomes a function of tensors alone,
-without autocast, hooks on foreign modules or weights that may change: what it needs of the networks is copied in the
-stage's precision. Interfaces stay float32; inside, networks compute in ``precision``, moments and losses in float32.
+without autocast, or hooks that get into a caller's way: what it needs of the networks is copied in the stage's
+precision, or is theirs where that is the same. Interfaces stay float32; inside, networks compute in ``precision``,
+moments and losses in float32.
 """
 
 import functools

@@ -25,14 +25,14 @@ class FoldedUpsampling(TorchFunctionMode):
     """While a stage is traced: nearest interpolation to twice the size and the 3 x 3 convolution of it are one.
 
     The doubled image is made as before, and left for dead code where nothing else reads it. Convolutions whose weights
-    are inputs of the stage stay as they are.
+    are inputs of the stage stay as they are, and so does an image that is written to in between.
     """
 
     def __init__(self, form: Form) -> None:
         super().__init__()
         self.form = form
-        self._doubled: dict[int, tuple[Tensor, Tensor]] = {}
-        """By id the doubled image, held so that its id stays its own, and what was doubled."""
+        self._doubled: dict[int, tuple[Tensor, Tensor, list[int]]] = {}
+        """By id the doubled image, held so that its id stays its own, what was doubled, and the versions of both."""
 
     def __torch_function__(
         self, function: Any, types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -43,14 +43,28 @@ class FoldedUpsampling(TorchFunctionMode):
         if made is None:
             made = function(*args, **(kwargs or {}))
         if function is functional.interpolate:
+            # It hands its arguments on by name.
             self._note(made, *args, **(kwargs or {}))
         return made
 
-    def _note(self, made: Tensor, input: Tensor, *sizes: Any, mode: str = "nearest", **others: Any) -> None:
+    def _note(
+        self,
+        made: Tensor,
+        input: Tensor,
+        *,
+        mode: str,
+        scale_factor: Any = None,
+        recompute_scale_factor: bool | None = None,
+        **others: Any,
+    ) -> None:
         height, width = input.shape[-2:]
-        # "nearest-exact" repeats the same pixels at whole factors.
-        if input.dim() == 4 and mode.startswith("nearest") and made.shape[-2:] == (2 * height, 2 * width):
-            self._doubled[id(made)] = made, input
+        # A factor of 2.1 gives as many pixels of 8, but others; "nearest-exact" gives the same at whole factors.
+        whole = scale_factor is None or recompute_scale_factor or _pair(scale_factor) == (2, 2)
+        if input.dim() != 4 or not mode.startswith("nearest") or made.shape[-2:] != (2 * height, 2 * width):
+            return
+        # Doubled without a gradient it hands none on.
+        if whole and made.requires_grad == input.requires_grad:
+            self._doubled[id(made)] = made, input, [made._version, input._version]
 
     def _convolved(
         self,
@@ -63,14 +77,17 @@ class FoldedUpsampling(TorchFunctionMode):
         groups: int = 1,
     ) -> Tensor | None:
         """None for a convolution that is none of these."""
-        given = is_fake(weight) or is_fake(bias) or weight.requires_grad
-        if id(input) not in self._doubled or given or groups != 1:
+        known = self._doubled.get(id(input))
+        if known is None or groups != 1 or not (_settled(weight) and _settled(bias)):
             return None
         if tuple(weight.shape[2:]) != (3, 3) or any(_pair(given) != (1, 1) for given in (stride, padding, dilation)):
             return None
+        made, image, versions = known
+        if [made._version, image._version] != versions:
+            return None
         with outside_trace():
             kernel = fold(weight)
-        return self.form(self._doubled[id(input)][1], kernel, bias)
+        return self.form(image, kernel, bias)
 
 
 def fold(weight: Tensor) -> Tensor:
@@ -102,5 +119,10 @@ def by_phases(image: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     return functional.pixel_shuffle(around, 2)[..., 1:-1, 1:-1]
 
 
-def _pair(given: Any) -> tuple[int, ...]:
-    return (given, given) if isinstance(given, int) else tuple(given)
+def _settled(value: Tensor | None) -> bool:
+    """Whether a weight is a constant of the stage."""
+    return value is None or not (is_fake(value) or value.requires_grad)
+
+
+def _pair(given: Any) -> tuple[Any, ...]:
+    return (given, given) if isinstance(given, int | float) else tuple(given)

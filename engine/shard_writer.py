@@ -30,6 +30,8 @@ class Written(NamedTuple):
     sidecar: Sidecar
     seconds: float
     """That its encoding and writing took the thread, without what it waited for batches or decoded."""
+    at: float
+    """When it was done, by `time.perf_counter`."""
 
 
 class ShardWriter:
@@ -77,7 +79,8 @@ class ShardWriter:
         def written() -> Written:
             began = time.perf_counter()
             sidecar = write(taken())
-            return Written(sidecar, time.perf_counter() - began - idle)
+            now = time.perf_counter()
+            return Written(sidecar, now - began - idle, now)
 
         future = self._pool.submit(written)
         try:

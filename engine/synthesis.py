@@ -113,23 +113,23 @@ def synthesize(
             shown=progress,
             done=sum(plan.samples for plan in plans if plan.index in existing),
         )
-        started = time.perf_counter()
+        started = last = time.perf_counter()
 
         def record(shard: "_Shard") -> None:
             """Wait until it is written, look at it and keep what is to be known of it."""
-            nonlocal lost, seconds, started
-            (sidecar, writing), losses, observation = shard.written.result(), shard.losses(), shard.observation
+            nonlocal lost, seconds, last
+            sidecar, writing, at = shard.written.result()
+            losses, observation = shard.losses(), shard.observation
             signs = observation.signs(observation.look()) if observation and sidecar.images else None
             made.append(Count(sidecar.images, sidecar.dropped))
             lost += sidecar.dropped
-            now = time.perf_counter()
             journal.log(
                 "shard",
                 round=round,
                 shard=sidecar.index,
                 images=sidecar.images,
                 dropped=sidecar.dropped,
-                seconds=round_(now - started),
+                seconds=round_(at - last),  # since the one before was done; this is written one shard later
                 writing_seconds=round_(writing),
                 losses=losses,
                 signs=signs and asdict(signs),
@@ -138,7 +138,7 @@ def synthesize(
             if signs is not None:
                 with tqdm.external_write_mode():
                     watch.look(signs, losses, round=round, shard=sidecar.index)
-            seconds, started = seconds + now - started, now
+            last, seconds = at, time.perf_counter() - started
             _refuse_loss(recipe, lost)
 
         with bar, Painter(recipe, models, round) as painter, ShardWriter() as writer:

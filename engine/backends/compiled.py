@@ -17,6 +17,7 @@ from diffdfkd.engine.backends.frozen import frozen
 from diffdfkd.engine.backends.own_folder import DISK
 from diffdfkd.engine.decompositions import decompositions
 from diffdfkd.engine.engine_stages import Stage
+from diffdfkd.engine.memory import LESS_MEMORY, less_memory
 from diffdfkd.engine.onnx_files import deepest_line, silent
 from diffdfkd.engine.runner import NoEngine, Runner
 from diffdfkd.engine.specification import Specification
@@ -113,7 +114,9 @@ def _refuse_crash(package: Path, stage: Stage) -> None:
     if answer.returncode:
         lines = [line.strip() for line in answer.stderr.splitlines() if line.strip()]
         how = f"signal {-answer.returncode}" if answer.returncode < 0 else (lines or ["no word"])[-1][:200]
-        raise NoEngine(f"{stage.name}: the compiled package does not run here ({how})")
+        # The system ends a process for want of memory by signal 9.
+        cure = f"; if it is memory that lacks, {LESS_MEMORY}" if how == "signal 9" else less_memory(RuntimeError(how))
+        raise NoEngine(f"{stage.name}: the compiled package does not run here ({how}){cure}")
 
 
 class CompiledRunner(Runner):

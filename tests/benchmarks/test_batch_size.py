@@ -1,15 +1,15 @@
 """The search for the largest batch, on stand-ins for runs, and one real run."""
 
 import json
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from diffdfkd.benchmarks import batch_size, synthesis_run
-from diffdfkd.benchmarks.synthesis_run import Synthesis, TooLarge, synthesize
+from diffdfkd.benchmarks import batch_size
+from diffdfkd.benchmarks.synthesis_run import Synthesis, TooLarge
+from diffdfkd.engine.combinations import round_samples
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe import Recipe, load_recipe
 
 
 @pytest.mark.parametrize("start", [1, 7, 100, 1000])
@@ -35,18 +35,24 @@ def test_the_largest_is_found(start: int, fitting: int) -> None:
     assert len(seen) <= 20
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, mib: float, machine: float) -> list[list[str]]:
-    """Runs that take so many MiB an image, on a machine of so many; their overrides in order."""
-    asked: list[list[str]] = []
+def stand_in(monkeypatch: pytest.MonkeyPatch, mib: float, machine: float) -> list[Recipe]:
+    """Runs that take so many MiB an image, on a machine of so many; their recipes in order."""
+    asked: list[Recipe] = []
 
     def run(recipe: str, overrides: list[str], output: Path, *, name: str) -> Synthesis:
-        asked.append(list(overrides))
-        batch = int(output.name)
-        assert f"synthesis.batch_size={batch}" in overrides
+        try:
+            asked.append(load_recipe(recipe, [*overrides, "device=cpu"]))
+        except UserError as reason:
+            raise UserError(f"{name}: {reason}") from None
+        synthesis = asked[-1].synthesis
+        batch = synthesis.batch_size
+        assert output.name == str(batch) and synthesis.batches_per_shard == 1
+        classes = len(asked[-1].teacher.classes)
+        assert 0 <= round_samples(asked[-1], 0) - batch_size.SHARDS * batch < classes
         if batch * mib > machine:
-            raise TooLarge(f"{name}: error: synthesis.batch_size: a batch of {batch} does not fit into memory")
+            raise TooLarge(f"{name}: synthesis.batch_size: a batch of {batch} does not fit into memory")
         # Slower again where the cache ends.
-        return Synthesis(min(batch, 150) - batch / 100, 0.0, 1.0, batch * mib, "digest")
+        return Synthesis(min(batch, 150) - batch / 100, 0.0, 1.0, batch * mib, "digest", asked[-1])
 
     monkeypatch.setattr(batch_size, "synthesize", run)
     return asked
@@ -57,14 +63,17 @@ def test_rows_and_the_last_line(
 ) -> None:
     asked = stand_in(monkeypatch, mib=10, machine=5000)
     file = tmp_path / "batches.json"
-    batch_size.main(["fashion", "threads=1", "--json", str(file)])
-    rows = json.loads(file.read_text())["rows"]
+    batch_size.main(["fashion", "--json", str(file), "threads=3", "engine=eager", "engine.precision=float32"])
+    content = json.loads(file.read_text())
+    rows = content["rows"]
     assert [row["batch"] for row in rows] == [100, 200, 400, 500, 600, 800]
     assert [row["fits"] for row in rows] == [row["batch"] <= 500 for row in rows]
     assert all((row["peak_memory_mib"] is None) == (not row["fits"]) for row in rows)
+    assert all(row["engines"] == ("eager, eager" if row["fits"] else None) for row in rows)
+    assert content["conditions"]["threads"] == 3
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "largest that fits: synthesis.batch_size=500; fastest: 200"
-    assert "threads=1" in asked[0] and "synthesis.images_per_class=40" in asked[0]
+    assert last == "largest that fits: synthesis.batch_size=500 (600 does not); fastest: 200"
+    assert asked[0].threads == 3 and asked[0].synthesis.images_per_class == 40
 
 
 def test_a_limit_of_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,52 +81,68 @@ def test_a_limit_of_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     batch_size.main(["fashion", "--memory-mib", "600"])
     said = capsys.readouterr().out.splitlines()
     assert "batch 100: 99.0 images a second, 1,000 MiB: too much (it takes 1,000 of 600 MiB)" in said
-    assert "largest that fits: synthesis.batch_size=50; fastest: 50" in said
+    assert "largest that fits: synthesis.batch_size=50 (62 does not); fastest: 50" in said
+
+
+@pytest.mark.parametrize(("most", "found"), [(300, 300), (100, 100), (64, 64)])
+def test_a_bound_that_is_not_memorys(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], most: int, found: int
+) -> None:
+    asked = stand_in(monkeypatch, mib=10, machine=5000)
+    batch_size.main(["fashion", "--most", str(most)])
+    assert f"synthesis.batch_size={found} (no larger one was tried)" in capsys.readouterr().out
+    assert max(recipe.synthesis.batch_size for recipe in asked) == most
+
+
+def test_settings_that_need_more_images_or_rounds_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the recipe's own head for a thorough run, and a part that is held out."""
+    asked = stand_in(monkeypatch, mib=1, machine=20)
+    thorough = ["rounds=10", "guidance.adversarial_weight=1", "distillation.holdout=500"]
+    batch_size.main(["cifar10_sd15", *thorough, "teacher.weights=none.safetensors"])
+    assert all(recipe.guidance.adversarial_weight == 1 and recipe.rounds == 10 for recipe in asked)
+
+
+def test_a_batch_that_the_recipe_forbids_has_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(monkeypatch, mib=1000, machine=1500)
+    file = tmp_path / "batches.json"
+    with pytest.raises(SystemExit) as left:
+        batch_size.main(["fashion", "cutmix.every=2", "synthesis.batch_size=8", "--json", str(file)])
+    assert left.value.code == 2
+    reasons = {row["batch"]: row["reason"] for row in json.loads(file.read_text())["rows"]}
+    assert sorted(reasons) == [1, 2, 4, 8]
+    assert "CutMix needs a partner" in reasons[1] and "does not fit" in reasons[4]
+    assert "no batch fits into memory (cutmix.every: CutMix needs a partner" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["fashion", "--memory-mib", "1"], "not even one image fits into memory"),
+        (["fashion", "--memory-mib", "1"], "no batch fits into memory (it takes 10 of 1 MiB)"),
         (["fashion", "--memory-mib", "0"], "--memory-mib: got 0; at least 1 expected"),
         (["fashion", "--memory-mib", "nan"], "--memory-mib: got nan; at least 1 expected"),
         (["fashion", "--most", "0"], "--most: got 0; at least 1 expected"),
         (["no-such-recipe"], "no-such-recipe"),
         (["fashion", "synthesis.batch_size=0"], "synthesis.batch_size"),
+        (["fashion", "--json", "{folder}"], "--json: {folder} cannot be written; choose another file"),
     ],
     ids=str,
 )
 def test_bad_input(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str], said: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    given: list[str],
+    said: str,
 ) -> None:
-    stand_in(monkeypatch, mib=10, machine=5000)
+    asked = stand_in(monkeypatch, mib=10, machine=5000)
     with pytest.raises(SystemExit) as left:
-        batch_size.main(given)
+        batch_size.main([argument.format(folder=tmp_path) for argument in given])
     assert left.value.code == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and said in error
-
-
-@pytest.mark.parametrize(
-    ("status", "said", "large"),
-    [
-        (2, "error: synthesis.batch_size: a batch of 9 images on the cpu does not fit into memory (x); y", True),
-        (2, "error: synthesis.batch_size: a batch of 9 images needs 9 GiB of memory at the very least, and", True),
-        (-9, "", True),
-        (2, "error: prior: no such folder", False),
-        (1, "", False),
-    ],
-)
-def test_what_a_failed_run_says(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, said: str, large: bool
-) -> None:
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, status, "", f"progress\n{said}\n")
-
-    monkeypatch.setattr(synthesis_run.subprocess, "run", run)
-    with pytest.raises(UserError, match=r"^nine: ") as raised:
-        synthesize("fashion", [], tmp_path, name="nine")
-    assert isinstance(raised.value, TooLarge) == large
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and said.format(folder=tmp_path) in errors[0]
+    assert not asked or given[-1] == "1"
 
 
 @pytest.mark.slow
@@ -128,4 +153,5 @@ def test_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(file.read_text())["rows"]
     assert [(row["batch"], row["fits"]) for row in rows] == [(4, True), (8, True)]
     assert all(row["images_per_second"] > 0 and row["peak_memory_mib"] > 100 for row in rows)
+    assert all(row["engines"] == "eager, eager" for row in rows)
     assert "largest that fits: synthesis.batch_size=8" in capsys.readouterr().out

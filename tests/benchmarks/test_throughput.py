@@ -9,6 +9,7 @@ import pytest
 from diffdfkd.benchmarks import accuracy, throughput
 from diffdfkd.benchmarks.synthesis_run import Synthesis
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.recipe import load_recipe
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, **digests: str) -> list[str]:
@@ -20,7 +21,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, **digests: str) -> list[str]:
         eager = "engine=eager" in way.overrides
         rate = 10.0 + len(made) % 2 if way.name == "plain" else 25.0
         digest = digests.get(way.name.split(",")[0] if eager else "engines", "same" if eager else "other")
-        return Synthesis(rate, writing=0.01 * len(made), wall=3.0, memory=100.0, digest=digest)
+        recipe = load_recipe("fashion", ["threads=3"])
+        return Synthesis(rate, writing=0.01 * len(made), wall=3.0, memory=100.0, digest=digest, recipe=recipe)
 
     monkeypatch.setattr(throughput, "_make", run)
     return made
@@ -28,7 +30,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, **digests: str) -> list[str]:
 
 def test_ways_take_turns_and_are_compared_within_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     made = stand_in(monkeypatch)
-    rows = throughput.compare("fashion", "throughput_fashion", "compiled", [], 3)
+    rows, used = throughput.compare("fashion", "throughput_fashion", "compiled", [], 3)
+    assert used.threads == 3
     assert made == ["plain", "plain, engines", "kept", "throughput"] * 4  # once to warm up
     by = {row.way: row for row in rows}
     assert by["plain"].times_plain == 1 and by["throughput"].times_plain == round(25 / 11, 3)
@@ -46,7 +49,14 @@ def test_what_a_run_says_is_handed_on(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as left:
         throughput.main(["no-such-recipe", "--repetitions", "1"])
     assert left.value.code == 2
-    assert "plain: error: no-such-recipe" in capsys.readouterr().err
+    assert "error: plain: no-such-recipe" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        throughput.main(["fashion", "--json", str(tmp_path), "threads=1"])
+    assert left.value.code == 2
+    assert f"error: --json: {tmp_path} cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from diffdfkd.engine.backends.onnxruntime import OnnxRuntimeRunner
 from diffdfkd.engine.classifier import build_classifier
 from diffdfkd.engine.engine_stages import Batches, Stage
 from diffdfkd.engine.export import MODEL, export_stage
+from diffdfkd.engine.folded_upsampling import Form, by_phases, transposed
 from diffdfkd.engine.painter import class_prompts, embed_prompts
 from diffdfkd.engine.parity import TOLERANCES, Parity, measure_parity
 from diffdfkd.engine.prior import load_prior
@@ -123,6 +124,23 @@ def test_bfloat16_takes_a_later_opset(exports: Exports) -> None:
     assert TensorProto.BFLOAT16 in {weight.data_type for weight in model.graph.initializer}
     with pytest.raises(NoEngine, match="ONNX Runtime refuses it"):
         run(path, stage)
+
+
+@pytest.mark.parametrize(("precision", "form"), [(torch.float32, transposed), (F16, transposed), (BF16, by_phases)])
+def test_doubling_in_the_form_that_engines_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: torch.dtype, form: Form
+) -> None:
+    """TensorRT has no transposed convolution in bfloat16."""
+    asked: list[Form] = []
+
+    def stop(stage: Stage, *, doubling: Form) -> None:
+        asked.append(doubling)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(export, "trace", stop)
+    with pytest.raises(NoEngine, match="far enough"):
+        export_stage(stand_in(precision), tmp_path)
+    assert asked == [form]
 
 
 def test_nothing_of_this_machine_is_in_the_file(exports: Exports) -> None:

@@ -59,6 +59,15 @@ def frozen(*layers: nn.Module) -> nn.Module:
 
 FOLDED: dict[str, Callable[[], tuple[nn.Module, int]]] = {
     "nn.Upsample": lambda: (frozen(nn.Upsample(scale_factor=2), nn.Conv2d(4, 6, 3, padding=1)), 1),
+    "by size": lambda: (frozen(nn.Upsample(size=(12, 12)), nn.Conv2d(4, 6, 3, padding=1)), 1),
+    "nearest-exact": lambda: (
+        frozen(nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(4, 6, 3, padding=1)),
+        1,
+    ),
+    "factor of the sizes": lambda: (
+        frozen(nn.Upsample(scale_factor=2.1, recompute_scale_factor=True), nn.Conv2d(4, 6, 3, padding=1)),
+        1,
+    ),
     "two in a row": lambda: (
         frozen(*[nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3, padding=1), nn.SiLU()] * 2),
         2,
@@ -137,16 +146,52 @@ def test_a_doubled_image_that_is_read_elsewhere_is_still_there() -> None:
         (nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3, padding=1, groups=2)),
         (nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 5, padding=2)),
         (nn.Upsample(scale_factor=2), nn.SiLU(), nn.Conv2d(4, 4, 3, padding=1)),
+        (nn.Upsample(scale_factor=2), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, padding=1)),
+        (nn.Upsample(scale_factor=2.1), nn.Conv2d(4, 4, 3, padding=1)),
     ],
     ids=repr,
 )
 def test_other_pairs_stay(layers: tuple[nn.Module, ...]) -> None:
     network, image = frozen(*layers), torch.randn(1, 4, 6, 6)
-    with FoldedUpsampling(transposed):
-        assert torch.equal(network(image), nn.Sequential(*layers)(image))
+    expected = network(image)
     made = graph(network, image)
-    assert not any(node.args[6] for node in made.graph.nodes if node.target == aten.convolution.default)
-    assert distance(made(image), network(image)) <= 1e-6
+    assert unfolded(made)
+    assert distance(made(image), expected) <= 1e-6
+    with torch.no_grad(), FoldedUpsampling(transposed):
+        assert torch.equal(network(image), expected)
+
+
+def unfolded(made: torch.fx.GraphModule) -> bool:
+    return [node.args[6] for node in made.graph.nodes if node.target == aten.convolution.default] == [False]
+
+
+def test_what_was_doubled_is_written_to_before_it_is_convolved() -> None:
+    convolution, image = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False), torch.randn(1, 4, 6, 6)
+
+    def late(image: Tensor) -> Tensor:
+        image = image * 1
+        doubled = functional.interpolate(image, scale_factor=2.0)
+        image.mul_(3)
+        made: Tensor = convolution(doubled)
+        return made
+
+    made = graph(late, image)
+    assert unfolded(made)
+    assert distance(made(image), late(image)) <= 1e-6
+
+
+def test_gradients_end_where_they_ended() -> None:
+    convolution = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
+
+    def ends(image: Tensor) -> Tensor:
+        with torch.no_grad():
+            doubled = functional.interpolate(image, scale_factor=2.0)
+        return convolution(doubled).sum() + image.sum()
+
+    with FoldedUpsampling(transposed):
+        image = torch.randn(1, 4, 6, 6, requires_grad=True)
+        (gradient,) = torch.autograd.grad(ends(image), image)
+    assert torch.equal(gradient, torch.ones_like(image))
 
 
 def test_weights_that_are_inputs_or_learn_stay() -> None:
@@ -160,19 +205,30 @@ def test_weights_that_are_inputs_or_learn_stay() -> None:
 
     with torch.no_grad(), FoldedUpsampling(transposed):
         tracer = make_fx(given, tracing_mode="fake", _allow_non_fake_inputs=True)
-        assert aten.upsample_nearest2d.default in operators(tracer(image, *weights.values()))
-    with FoldedUpsampling(transposed):
-        network(image).sum().backward()
-    assert network[1].weight.grad is not None
+        assert unfolded(tracer(image, *weights.values()))
+    for learns in ("weight", "bias"):
+        network.requires_grad_(False).get_parameter(f"1.{learns}").requires_grad_()
+        for form in FORMS:
+            with FoldedUpsampling(form):
+                network(image).sum().backward()
+            assert network.get_parameter(f"1.{learns}").grad is not None
+            network.zero_grad()
 
 
 @pytest.mark.parametrize("name", ["unet", "chain", "vjp", "decoder"])
-@pytest.mark.parametrize("batches", [Batches(4), Batches(4, 1, 6)], ids=["static", "ranged"])
-def test_stages_are_traced_with_it(tiny_prior: Path, name: str, batches: Batches) -> None:
+@pytest.mark.parametrize(
+    ("batches", "form"),
+    [(Batches(4), transposed), (Batches(4, 1, 6), transposed), (Batches(4, 1, 6), by_phases)],
+    ids=["static", "ranged", "ranged, by phases"],
+)
+def test_stages_are_traced_with_it(tiny_prior: Path, name: str, batches: Batches, form: Form) -> None:
     stage = prior_stage(name, open_prior(tiny_prior), batches, teacher=classifier())
-    program, inputs = trace(stage)
+    program, _ = trace(stage, doubling=form)
     doubling = [aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec]
     assert not any(node.target in doubling for node in program.graph.nodes)
-    with torch.no_grad():
-        for made, expected in zip(program.module()(*inputs), stage.reference(*inputs), strict=True):
-            assert distance(made.float(), expected.float()) <= 1e-4
+    least, usual, most = stage.specification.range
+    for rows in sorted({least, usual, most}):
+        inputs = stage.examples(rows, 1)
+        with torch.no_grad():
+            for made, expected in zip(program.module()(*inputs), stage.reference(*inputs), strict=True):
+                assert distance(made.float(), expected.float()) <= 1e-4

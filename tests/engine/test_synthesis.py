@@ -1,6 +1,7 @@
 import io
 import json
 import tarfile
+import time
 
 import pytest
 import torch
@@ -131,6 +132,21 @@ def test_images_and_records_are_as_the_recipe_says(make, models, tmp_path):
     with tarfile.open(tmp_path / "webp" / "synthetic" / "round-000" / "shard-00000.tar") as tar:
         image = Image.open(tar.extractfile("000-00000000.webp"))
         assert (image.size, image.format) == ((20, 20), "WEBP")
+
+
+def test_a_shards_seconds_are_its_own(make, models, tmp_path, monkeypatch):
+    plain = Painter.begin
+
+    def begin(painter, ids, *rest, **options):
+        if ids[0] == 6:  # the second of three shards
+            time.sleep(1)
+        return plain(painter, ids, *rest, **options)
+
+    monkeypatch.setattr(Painter, "begin", begin)
+    summary = run(make("synthesis.images_per_class=5"), models, tmp_path)
+    first, second, third = (row["seconds"] for row in read_journal(tmp_path / "metrics.jsonl"))
+    assert second >= 1 > third > 0
+    assert first + second + third <= summary.seconds
 
 
 def damage_nothing(folder):
