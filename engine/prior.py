@@ -25,6 +25,7 @@ from diffdfkd.engine.prior_files import (
     refuse_pointer,
 )
 from diffdfkd.engine.recipe import PriorRecipe
+from diffdfkd.kernels.launch import at_least_float32
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Prior:
         dtype = next(self.vae.parameters()).dtype
         unscaled = latents / self.scaling_factor + self.shift_factor
         image = self.vae.decode(unscaled.to(dtype), return_dict=False)[0]  # type: ignore[operator]
-        return (image.float() / 2 + 0.5).clamp(0, 1)
+        return (at_least_float32(image) / 2 + 0.5).clamp(0, 1)
 
 
 def load_prior(recipe: PriorRecipe, device: torch.device | str) -> Prior:
