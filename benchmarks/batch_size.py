@@ -2,10 +2,12 @@
 
     python -m diffdfkd.benchmarks.batch_size throughput_fashion threads=2 --memory-mib 2048 --json batches.json
 
-Each batch is four shards of one batch or more, to a whole set of classes, in a process of its own: images a second of
-those after the first, peak memory of all of it, with its engines built and proven in an empty cache, as in the first
-run of a user. From the recipe's own batch it goes up by doubling while the batch fits, or down by halving until one
-does, and halves what lies between the largest that fits and the smallest that does not.
+Each batch is four shards of one batch, or more where the classes are many: an image of each class at least. It runs in
+a process of its own: images a second of the shards after the first, peak memory of all of it, with its engines built
+and proven in an empty cache, as in a user's first run. What the C++ compiler takes, and the process in which a compiled
+engine is tried, comes on top. From the recipe's own batch it goes up by doubling while the batch fits, or down by
+halving until one does, and halves what lies between the largest that fits and the smallest that does not; a batch that
+the recipe's other settings forbid gives way to the next that they allow.
 
 Name the engine that the run is to have: for shards this few ``engine=auto`` is eager, and another engine takes other
 memory. Batches come one after the other, so differences of a few per cent between their rates say nothing. The chain of
@@ -21,7 +23,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -51,26 +52,36 @@ class Row:
     engines: str | None = None
     """Of UNet and guidance chain, as the run settled them."""
     reason: str | None = None
-    """Why it does not fit, or does not run at all: a recipe may forbid a batch."""
+    """Why it does not fit."""
 
 
-def search(start: int, most: int, tried: Callable[[int], bool]) -> int | None:
-    """The largest batch up to ``most`` that fits, to within `NEAR`; None if not even one image does."""
+def search(
+    start: int, most: int, tried: Callable[[int], bool], allowed: Callable[[int], bool] = lambda batch: True
+) -> int | None:
+    """The largest batch up to ``most`` that is allowed and fits, to within `NEAR`; None if there is none."""
+
+    def near(aim: int, least: int, most: int) -> int | None:
+        """The allowed batch in a range that is nearest to ``aim``."""
+        aim = min(aim, most)
+        outward = (batch for away in range(most - least + 1) for batch in (aim - away, aim + away))
+        return next((batch for batch in outward if least <= batch <= most and allowed(batch)), None)
+
     least_bad = None
-    batch = min(start, most)
-    while not tried(batch):
+    batch = near(min(start, most), 1, most)
+    while batch is not None and not tried(batch):
         least_bad = batch
-        if batch == 1:
-            return None
-        batch //= 2
-    while least_bad is None and batch < most:
-        larger = min(2 * batch, most)
+        batch = near(batch // 2, 1, batch - 1)
+    if batch is None:
+        return None
+    while least_bad is None and (larger := near(2 * batch, batch + 1, most)) is not None:
         if tried(larger):
             batch = larger
         else:
             least_bad = larger
-    while least_bad is not None and least_bad > max(NEAR * batch, batch + 1):
-        between = (batch + least_bad) // 2
+    while least_bad is not None and least_bad > NEAR * batch:
+        between = near((batch + least_bad) // 2, batch + 1, least_bad - 1)
+        if between is None:
+            break
         if tried(between):
             batch = between
         else:
@@ -83,30 +94,33 @@ def measure(
 ) -> list[Row]:
     """A row for each batch that was tried, in ascending order; after each ``json_file`` holds those that there are.
 
-    Raises UserError where the first batch cannot be run for another reason than its size.
+    Raises UserError where a run fails for another reason than its size.
     """
     settled = load_recipe(recipe, overrides)
     rows: dict[int, Row] = {}
-    made_on: dict[str, Any] = {}
+    made_on = conditions(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
 
+        def asked(batch: int) -> list[str]:
+            return [*overrides, *_sizes(settled, batch), f"engine.cache={folder}/cache"]
+
+        def allowed(batch: int) -> bool:
+            try:
+                load_recipe(recipe, asked(batch))
+            except UserError:
+                return False
+            return True
+
         def tried(batch: int) -> bool:
+            nonlocal made_on
             name = f"a batch of {batch}"
             try:
-                made = synthesize(
-                    recipe,
-                    [*overrides, *_sizes(settled, batch), f"engine.cache={folder}/cache"],
-                    Path(folder) / str(batch),
-                    name=name,
-                )
-            except UserError as reason:
-                if not rows and not isinstance(reason, TooLarge):
-                    raise
+                made = synthesize(recipe, asked(batch), Path(folder) / str(batch), name=name)
+            except TooLarge as reason:
                 row = Row(batch, fits=False, reason=str(reason).removeprefix(f"{name}: "))
             else:
-                row = _row(batch, made, limit_mib)
-                used = made.recipe
-                made_on.update({**conditions(torch.device(used.device)), "threads": used.threads})
+                row, used = _row(batch, made, limit_mib), made.recipe
+                made_on = {**conditions(torch.device(used.device)), "threads": used.threads}
             # A batch's shards and engines are of no use to the next.
             for left in (str(batch), "cache"):
                 shutil.rmtree(Path(folder) / left, ignore_errors=True)
@@ -117,7 +131,10 @@ def measure(
                 write_atomic(json_file, (json.dumps(content, indent=1) + "\n").encode())
             return row.fits
 
-        search(settled.synthesis.batch_size, most, tried)
+        search(settled.synthesis.batch_size, most, tried, allowed)
+    if not rows:
+        # None is allowed: say why, as the run would.
+        load_recipe(recipe, [*overrides, *_sizes(settled, min(settled.synthesis.batch_size, most))])
     return _ascending(rows)
 
 
@@ -126,9 +143,11 @@ def _ascending(rows: dict[int, Row]) -> list[Row]:
 
 
 def _sizes(recipe: Recipe, batch: int) -> list[str]:
-    """Overrides for `SHARDS` shards of one batch in the first round, and less than a class more."""
-    images = -(-SHARDS * batch // len(recipe.teacher.classes)) * recipe.rounds
-    sizes = {"images_per_class": images, "batch_size": batch, "batches_per_shard": 1}
+    """Overrides for `SHARDS` shards of one batch in the first round, and less than one image of each class more."""
+    # CutMix within a class needs two images of it.
+    least = 2 if recipe.cutmix.every and recipe.cutmix.partner == "within" else 1
+    images = max(least, -(-SHARDS * batch // len(recipe.teacher.classes)))
+    sizes = {"images_per_class": images * recipe.rounds, "batch_size": batch, "batches_per_shard": 1}
     return ["distillation.holdout=0", *(f"synthesis.{name}={size}" for name, size in sizes.items())]
 
 

@@ -16,14 +16,15 @@ from diffdfkd.engine.run_recipe import read_run_recipe
 
 LACKING = ("fit into memory", "of memory at the very least", "have more memory", *SIGNS)
 """In what a run says where its batch is too large."""
-PRIOR = "prior.path: "
-"""Begins what is said of networks that no smaller batch would make fit."""
+OF_BATCHES = ("synthesis.batch_size: ", "engine.", "unexpected ")
+"""How it begins then. Of prior or teacher, which no smaller batch makes fit, it begins with their own field."""
 
 
 class Synthesis(NamedTuple):
     """What one run came to.
 
-    Rates are those of whole shards after the first, which pays for what comes once.
+    Rates are those of whole shards after the first, which pays for what comes once; of what there is, where there is no
+    second whole one.
     """
 
     rate: float
@@ -50,15 +51,17 @@ def synthesize(recipe: str, overrides: Sequence[str], output: Path, *, name: str
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no word"])[-1].removeprefix("error: ")
+        large = said.startswith(OF_BATCHES) and any(words in said for words in LACKING)
         if done.returncode < 0:
-            # By the system for want of memory, when nobody else did it.
             said = f"ended by signal {-done.returncode}"
-        large = done.returncode == -signal.SIGKILL or any(words in said for words in LACKING)
-        raise (TooLarge if large and not said.startswith(PRIOR) else UserError)(f"{name}: {said}")
+            # By the system for want of memory, when nobody else did it.
+            large = done.returncode == -signal.SIGKILL
+        raise (TooLarge if large else UserError)(f"{name}: {said}")
     rows = list(read_journal(output / "metrics.jsonl"))
     shards = [row for row in rows if row["event"] == "shard"]
     samples = [row["images"] + row["dropped"] for row in shards]
-    steady = [row for row, count in zip(shards[1:], samples[1:], strict=True) if count == samples[0]] or shards
+    steady = [row for row, count in zip(shards[1:], samples[1:], strict=True) if count == samples[0]]
+    steady = steady or shards[1:] or shards
     digest = hashlib.sha256()
     for path in sorted((output / "synthetic").rglob("*.tar")):
         digest.update(hashlib.sha256(path.read_bytes()).digest())

@@ -132,9 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made_on = {**conditions(torch.device(used.device)), "threads": used.threads}
     content = {"conditions": made_on, "rows": [asdict(row) for row in rows]}
     text = json.dumps(content, indent=1) + "\n"
+    print(text, end="")
     if given.json is not None:
         write_atomic(given.json, text.encode())
-    print(text, end="")
 
 
 if __name__ == "__main__":

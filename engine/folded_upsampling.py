@@ -57,13 +57,13 @@ class FoldedUpsampling(TorchFunctionMode):
         recompute_scale_factor: bool | None = None,
         **others: Any,
     ) -> None:
-        height, width = input.shape[-2:]
+        if input.dim() != 4 or not mode.startswith("nearest") or made.is_inference() or input.is_inference():
+            return  # of inference tensors nobody counts who writes to them
         # A factor of 2.1 gives as many pixels of 8, but others; "nearest-exact" gives the same at whole factors.
-        whole = scale_factor is None or recompute_scale_factor or _pair(scale_factor) == (2, 2)
-        if input.dim() != 4 or not mode.startswith("nearest") or made.shape[-2:] != (2 * height, 2 * width):
-            return
+        whole = scale_factor is None or recompute_scale_factor or scale_factor in (2, (2, 2), [2, 2])
+        height, width = input.shape[-2:]
         # Doubled without a gradient it hands none on.
-        if whole and made.requires_grad == input.requires_grad:
+        if whole and made.shape[-2:] == (2 * height, 2 * width) and made.requires_grad == input.requires_grad:
             self._doubled[id(made)] = made, input, [made._version, input._version]
 
     def _convolved(
@@ -124,5 +124,5 @@ def _settled(value: Tensor | None) -> bool:
     return value is None or not (is_fake(value) or value.requires_grad)
 
 
-def _pair(given: Any) -> tuple[Any, ...]:
-    return (given, given) if isinstance(given, int | float) else tuple(given)
+def _pair(given: Any) -> tuple[int, ...]:
+    return (given, given) if isinstance(given, int) else tuple(given)

@@ -71,7 +71,10 @@ class Prior:
         return self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images float32 [B, C, H, W] in [0, 1] from latents [B, c, h, w]: clamp(D / 2 + 1 / 2), differentiable."""
+        """Images [B, C, H, W] in [0, 1] from latents [B, c, h, w]: clamp(D / 2 + 1 / 2), differentiable.
+
+        float32, or wider where the VAE is.
+        """
         dtype = next(self.vae.parameters()).dtype
         unscaled = latents / self.scaling_factor + self.shift_factor
         image = self.vae.decode(unscaled.to(dtype), return_dict=False)[0]  # type: ignore[operator]

@@ -95,7 +95,10 @@ def guidance_embedding(scale: float, width: int) -> Tensor:
 
 
 def decode_stage(prior: Prior, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:
-    """The prior's decoder: latents [B, c, h, w] -> float32 images [B, C, H, W] in [0, 1]; autograd can cross it."""
+    """The prior's decoder: latents [B, c, h, w] -> images [B, C, H, W] in [0, 1], which autograd can cross.
+
+    float32, or wider where the VAE is.
+    """
 
     def decode(latents: Tensor) -> Tensor:
         latents = latents.contiguous(memory_format=torch.channels_last)

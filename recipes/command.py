@@ -29,7 +29,8 @@ def refuse_json(file: Path | None) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--json: {file} cannot be written ({error.strerror}); choose another file") from None
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+    # It is written beside itself and renamed.
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
         raise UserError(f"--json: {file} cannot be written; choose another file")
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +35,8 @@ with torch.no_grad():
     torch._inductor.aoti_load_package(asked["package"])(*inputs)
 """
 """Run in a process of its own, which a bad package may take with it."""
+RAISED = re.compile(r"\w*(Error|Exception)\b")
+"""Begins the line that says what was raised."""
 
 
 def compile_stage(stage: Stage, folder: Path, work: Path) -> Mapping[str, Any]:
@@ -113,10 +117,14 @@ def _refuse_crash(package: Path, stage: Stage) -> None:
     answer = subprocess.run([sys.executable, "-c", TRIAL, asked], capture_output=True, text=True, errors="replace")
     if answer.returncode:
         lines = [line.strip() for line in answer.stderr.splitlines() if line.strip()]
-        how = f"signal {-answer.returncode}" if answer.returncode < 0 else (lines or ["no word"])[-1][:200]
-        # The system ends a process for want of memory by signal 9.
-        cure = f"; if it is memory that lacks, {LESS_MEMORY}" if how == "signal 9" else less_memory(RuntimeError(how))
-        raise NoEngine(f"{stage.name}: the compiled package does not run here ({how}){cure}")
+        # Behind its message torch lists the frames of C++.
+        said = next((line for line in reversed(lines) if RAISED.match(line)), (lines or ["no word"])[-1])[:200]
+        cure = less_memory(RuntimeError(answer.stderr))
+        if answer.returncode < 0:
+            said = f"signal {-answer.returncode}"
+            if answer.returncode == -signal.SIGKILL:  # by the system, for want of memory
+                cure = f"; if it is memory that lacks, {LESS_MEMORY}"
+        raise NoEngine(f"{stage.name}: the compiled package does not run here ({said}){cure}")
 
 
 class CompiledRunner(Runner):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,8 +36,11 @@ def test_the_largest_is_found(start: int, fitting: int) -> None:
     assert len(seen) <= 20
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, mib: float, machine: float) -> list[Recipe]:
-    """Runs that take so many MiB an image, on a machine of so many; their recipes in order."""
+def stand_in(monkeypatch: pytest.MonkeyPatch, mib: float, machine: float, spare: int = 1) -> list[Recipe]:
+    """Runs that take so many MiB an image, on a machine of so many; their recipes in order.
+
+    They make ``spare`` images of each class at most beyond the four shards.
+    """
     asked: list[Recipe] = []
 
     def run(recipe: str, overrides: list[str], output: Path, *, name: str) -> Synthesis:
@@ -48,7 +52,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, mib: float, machine: float) -> lis
         batch = synthesis.batch_size
         assert output.name == str(batch) and synthesis.batches_per_shard == 1
         classes = len(asked[-1].teacher.classes)
-        assert 0 <= round_samples(asked[-1], 0) - batch_size.SHARDS * batch < classes
+        assert 0 <= round_samples(asked[-1], 0) - batch_size.SHARDS * batch < classes * spare, asked[-1].synthesis
+        # Of the batches before nothing is left.
+        cache = Path(str(asked[-1].engine.cache))
+        assert cache == output.parent / "cache" and not any(output.parent.iterdir())
+        for left in (cache, output):
+            left.mkdir()
         if batch * mib > machine:
             raise TooLarge(f"{name}: synthesis.batch_size: a batch of {batch} does not fit into memory")
         # Slower again where the cache ends.
@@ -102,18 +111,71 @@ def test_settings_that_need_more_images_or_rounds_stay(monkeypatch: pytest.Monke
     assert all(recipe.guidance.adversarial_weight == 1 and recipe.rounds == 10 for recipe in asked)
 
 
-def test_a_batch_that_the_recipe_forbids_has_its_reason(
+def test_batches_that_the_recipe_forbids_are_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """With CutMix within a class those that divide the ten classes, and 1."""
+    asked = stand_in(monkeypatch, mib=100, machine=1300)
+    batch_size.main(["fashion", "cutmix.every=2", "synthesis.batch_size=20", "--most", "30"])
+    assert [recipe.synthesis.batch_size for recipe in asked] == [20, 9, 14, 11, 12]
+    assert "synthesis.batch_size=12 (14 does not)" in capsys.readouterr().out
     stand_in(monkeypatch, mib=1000, machine=1500)
     file = tmp_path / "batches.json"
     with pytest.raises(SystemExit) as left:
         batch_size.main(["fashion", "cutmix.every=2", "synthesis.batch_size=8", "--json", str(file)])
     assert left.value.code == 2
-    reasons = {row["batch"]: row["reason"] for row in json.loads(file.read_text())["rows"]}
-    assert sorted(reasons) == [1, 2, 4, 8]
-    assert "CutMix needs a partner" in reasons[1] and "does not fit" in reasons[4]
-    assert "no batch fits into memory (cutmix.every: CutMix needs a partner" in capsys.readouterr().err.splitlines()[-1]
+    content = json.loads(file.read_text())
+    assert [row["batch"] for row in content["rows"]] == [3, 4, 8] and content["conditions"]["processor"]
+    assert capsys.readouterr().err.splitlines()[-1].endswith("a batch of 3 does not fit into memory)")
+
+
+def test_classes_enough_for_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CutMix within a class needs two images of it, however few the batch asks for."""
+    asked = stand_in(monkeypatch, mib=1, machine=10**6, spare=2)
+    classes = [f"class {index}" for index in range(100)]
+    within = [
+        "cutmix.every=4",
+        "cutmix.partner=within",
+        f"teacher.classes={json.dumps(classes)}",
+        "synthesis.words=null",
+    ]
+    batch_size.main(["fashion", *within, "synthesis.batch_size=8", "--most", "8"])
+    assert [recipe.synthesis.images_per_class for recipe in asked] == [2]
+
+
+def test_what_was_found_is_kept_when_the_search_is_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stand_in(monkeypatch, mib=10, machine=5000)
+    found = batch_size.synthesize
+
+    def interrupted(*given: Any, **named: Any) -> Synthesis:
+        if given[2].name == "400":
+            raise KeyboardInterrupt
+        return found(*given, **named)
+
+    monkeypatch.setattr(batch_size, "synthesize", interrupted)
+    file = tmp_path / "batches.json"
+    with pytest.raises(KeyboardInterrupt):
+        batch_size.main(["fashion", "--json", str(file)])
+    assert [row["batch"] for row in json.loads(file.read_text())["rows"]] == [100, 200]
+
+
+def test_another_failure_ends_the_search(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in(monkeypatch, mib=10, machine=5000)
+    found = batch_size.synthesize
+
+    def full(*given: Any, **named: Any) -> Synthesis:
+        if given[2].name == "200":
+            raise UserError(f"{named['name']}: output: no room on its disk")
+        return found(*given, **named)
+
+    monkeypatch.setattr(batch_size, "synthesize", full)
+    with pytest.raises(SystemExit) as left:
+        batch_size.main(["fashion"])
+    assert left.value.code == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == "error: a batch of 200: output: no room on its disk" and not said.out
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ LARGE = {
 }
 OTHER = {
     "prior": words("prior.path", "DefaultCPUAllocator: can't allocate memory"),
+    "teacher": words("teacher.architecture", "DefaultCPUAllocator: can't allocate memory"),
     "recipe": "cutmix.every: CutMix needs a partner",
-    "no word": "",
 }
 
 
@@ -67,9 +67,17 @@ def test_a_batch_that_is_too_large(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 @pytest.mark.parametrize("who", OTHER)
 def test_another_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, who: str) -> None:
     ends(monkeypatch, 2, f"error: {OTHER[who]}")
-    with pytest.raises(UserError, match=r"^nine: ") as raised:
+    with pytest.raises(UserError) as raised:
         synthesize("fashion", [], tmp_path, name="nine")
-    assert not isinstance(raised.value, TooLarge)
+    assert str(raised.value) == f"nine: {OTHER[who]}" and not isinstance(raised.value, TooLarge)
+
+
+def test_no_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(
+        synthesis_run.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", " \n")
+    )
+    with pytest.raises(UserError, match=r"^nine: no word$"):
+        synthesize("fashion", [], tmp_path, name="nine")
 
 
 @pytest.mark.parametrize(("status", "large"), [(-9, True), (-11, False)])
@@ -81,7 +89,13 @@ def test_a_run_that_was_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, s
     assert isinstance(raised.value, TooLarge) == large
 
 
-def test_rates_are_of_whole_shards_after_the_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("whole", "rate", "writing"), [(3, 79 / 4, 0.1), (1, 8 / 2, 0.05), (0, 40 / 9, 1 / 9)], ids=str
+)
+def test_rates_are_of_whole_shards_after_the_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, whole: int, rate: float, writing: float
+) -> None:
+    """Of what there is where no other is whole, or there is but one."""
     output = tmp_path / "run"
 
     def shard(images: int, dropped: int, seconds: float, writing: float) -> dict[str, Any]:
@@ -98,10 +112,8 @@ def test_rates_are_of_whole_shards_after_the_first(monkeypatch: pytest.MonkeyPat
 
     rows = [
         {"event": "synthesize", "time": 10.0, "seconds_before": 4.0},
-        shard(40, 0, 9.0, 1.0),
-        shard(40, 0, 2.0, 0.1),
-        shard(39, 1, 2.0, 0.3),
-        shard(8, 0, 2.0, 0.1),
+        *[shard(40, 0, 9.0, 1.0), shard(40, 0, 2.0, 0.1), shard(39, 1, 2.0, 0.3)][: max(whole, 1)],
+        *[shard(8, 0, 2.0, 0.1)][:whole],
         {"event": "done", "time": 30.0, "peak_memory_mib": 200.0},
     ]
 
@@ -115,6 +127,6 @@ def test_rates_are_of_whole_shards_after_the_first(monkeypatch: pytest.MonkeyPat
 
     ends(monkeypatch, 0, before=before)
     made = synthesize("fashion", [], output, name="five")
-    assert made.rate == pytest.approx(79 / 4) and made.writing == pytest.approx(0.1)
+    assert made.rate == pytest.approx(rate) and made.writing == pytest.approx(writing)
     assert (made.wall, made.memory) == (24.0, 300.0)
     assert made.recipe.threads == 1

@@ -180,6 +180,12 @@ def test_what_was_doubled_is_written_to_before_it_is_convolved() -> None:
     assert distance(made(image), late(image)) <= 1e-6
 
 
+def test_inference_tensors_stay() -> None:
+    network, image = frozen(nn.Upsample(scale_factor=2), nn.Conv2d(4, 4, 3, padding=1)), torch.randn(1, 4, 6, 6)
+    with torch.inference_mode(), FoldedUpsampling(transposed):
+        assert torch.equal(network(image.clone()), network(image))
+
+
 def test_gradients_end_where_they_ended() -> None:
     convolution = nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
 
@@ -218,8 +224,11 @@ def test_weights_that_are_inputs_or_learn_stay() -> None:
 @pytest.mark.parametrize("name", ["unet", "chain", "vjp", "decoder"])
 @pytest.mark.parametrize(
     ("batches", "form"),
-    [(Batches(4), transposed), (Batches(4, 1, 6), transposed), (Batches(4, 1, 6), by_phases)],
-    ids=["static", "ranged", "ranged, by phases"],
+    [
+        pytest.param(Batches(4), transposed, id="static"),
+        pytest.param(Batches(4, 1, 6), transposed, id="ranged", marks=pytest.mark.slow),
+        pytest.param(Batches(4, 1, 6), by_phases, id="ranged, by phases", marks=pytest.mark.slow),
+    ],
 )
 def test_stages_are_traced_with_it(tiny_prior: Path, name: str, batches: Batches, form: Form) -> None:
     stage = prior_stage(name, open_prior(tiny_prior), batches, teacher=classifier())

@@ -145,7 +145,7 @@ def test_a_shards_seconds_are_its_own(make, models, tmp_path, monkeypatch):
     monkeypatch.setattr(Painter, "begin", begin)
     summary = run(make("synthesis.images_per_class=5"), models, tmp_path)
     first, second, third = (row["seconds"] for row in read_journal(tmp_path / "metrics.jsonl"))
-    assert second >= 1 > third > 0
+    assert second > 0.5 and second > third > 0
     assert first + second + third <= summary.seconds
 
 
