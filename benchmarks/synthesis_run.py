@@ -30,7 +30,7 @@ class Synthesis(NamedTuple):
     rate: float
     """Images a second."""
     writing: float
-    """Share of the shards' seconds that the writing thread was busy."""
+    """Share of the shards' seconds that encoding and writing took of the processor, or had denoising wait."""
     wall: float
     """Seconds, start of the process included."""
     memory: float

@@ -57,7 +57,7 @@ class Row:
     times_plain: float
     """Median of the ratios to ``plain`` within one turn."""
     writing_share: float
-    """Largest share of the shards' time that the writing thread was busy: an upper bound on what writing costs."""
+    """Largest share of the shards' time that encoding and writing took of the processor, or had denoising wait."""
     wall_seconds: float
     """Median, of the whole process."""
     peak_memory_mib: float

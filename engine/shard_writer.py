@@ -29,7 +29,10 @@ class Written(NamedTuple):
 
     sidecar: Sidecar
     seconds: float
-    """That its encoding and writing took the thread, without what it waited for batches or decoded."""
+    """Processor time of the thread for its encoding and writing, without that of decoding.
+
+    Not the time on the clock: while an engine computes, a thread of Python may stand still until its call returns.
+    """
     at: float
     """When it was done, by `time.perf_counter`."""
 
@@ -42,6 +45,8 @@ class ShardWriter:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "shard-writer")
+        self.waited = 0.0
+        """Seconds that denoising has waited for the thread so far."""
 
     def __enter__(self) -> Self:
         return self
@@ -59,16 +64,16 @@ class ShardWriter:
     ) -> "Future[Written]":
         """Denoise the shard's batches here, while ``write`` takes their ``samples`` in the thread."""
         waiting: queue.Queue[Batch | Abandoned | None] = queue.Queue(AHEAD)
-        idle = 0.0
+        other = 0.0
 
         def aside(wait: Callable[[], Any]) -> Any:
-            """Time that is not spent on writing."""
-            nonlocal idle
-            began = time.perf_counter()
+            """What is no writing."""
+            nonlocal other
+            began = time.thread_time()
             try:
                 return wait()
             finally:
-                idle += time.perf_counter() - began
+                other += time.thread_time() - began
 
         def taken() -> Iterator[Sample | None]:
             while (batch := aside(waiting.get)) is not None:
@@ -77,19 +82,23 @@ class ShardWriter:
                 yield from samples(batch._replace(finish=partial(aside, batch.finish)))
 
         def written() -> Written:
-            began = time.perf_counter()
+            began = time.thread_time()
             sidecar = write(taken())
-            now = time.perf_counter()
-            return Written(sidecar, now - began - idle, now)
+            return Written(sidecar, time.thread_time() - began - other, time.perf_counter())
+
+        def put(item: Batch | Abandoned | None) -> None:
+            began = time.perf_counter()
+            _put(waiting, item, future)
+            self.waited += time.perf_counter() - began
 
         future = self._pool.submit(written)
         try:
             for batch in batches:
-                _put(waiting, batch, future)
+                put(batch)
         except BaseException:
-            _put(waiting, Abandoned(), future)
+            put(Abandoned())
             raise
-        _put(waiting, None, future)
+        put(None)
         return future
 
 

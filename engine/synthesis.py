@@ -118,7 +118,9 @@ def synthesize(
         def record(shard: "_Shard") -> None:
             """Wait until it is written, look at it and keep what is to be known of it."""
             nonlocal lost, seconds, last
+            began = time.perf_counter()
             sidecar, writing, at = shard.written.result()
+            waited = shard.waited + time.perf_counter() - began
             losses, observation = shard.losses(), shard.observation
             signs = observation.signs(observation.look()) if observation and sidecar.images else None
             made.append(Count(sidecar.images, sidecar.dropped))
@@ -130,7 +132,7 @@ def synthesize(
                 images=sidecar.images,
                 dropped=sidecar.dropped,
                 seconds=round_(at - last),  # since the one before was done; this is written one shard later
-                writing_seconds=round_(writing),
+                writing_seconds=round_(writing + waited),
                 losses=losses,
                 signs=signs and asdict(signs),
                 digest=first_digest,
@@ -202,6 +204,8 @@ class _Shard:
     def __init__(self, observation: Observation | None) -> None:
         self.observation = observation
         self.written: Future[Written] = Future()
+        self.waited = 0.0
+        """Seconds that denoising it waited for the writer's thread."""
         self._losses: list[Tensor] = []
 
     def make(
@@ -230,7 +234,9 @@ class _Shard:
             choices=choices,
             licence=painter.prior.licence,
         )
+        before = writer.waited
         self.written = writer.begin(painter.batches(plan), lambda batch: painter.samples(batch, painted), write)
+        self.waited = writer.waited - before
 
     def losses(self) -> dict[str, dict[str, float] | None]:
         """Means of the first and last guided step over the batches."""

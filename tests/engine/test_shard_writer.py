@@ -72,23 +72,47 @@ def test_an_error_of_the_denoising_abandons_the_shard() -> None:
     assert len(ended) == 1 and isinstance(ended[0], Abandoned)
 
 
+def spin(seconds: float) -> None:
+    began = time.thread_time()
+    while time.thread_time() - began < seconds:
+        pass
+
+
 def test_seconds_are_of_the_writing_alone() -> None:
-    """Neither of waiting for a batch nor of decoding one."""
-    nap = 0.2
+    """Neither of waiting for a batch, nor of decoding one, nor of standing still."""
+    work = 0.2
 
     def batches() -> Iterator[Batch]:
         for number in range(2):
-            time.sleep(nap)
-            yield batch(number, lambda: time.sleep(nap))
+            time.sleep(work)
+            yield batch(number, lambda: spin(work))
 
     def idle(samples: Iterator[Any]) -> Any:
+        time.sleep(work)
         return list(samples)
 
     def busy(samples: Iterator[Any]) -> Any:
-        time.sleep(3 * nap)
+        spin(work)
         return list(samples)
 
     with ShardWriter() as writer:
+        before = time.perf_counter()
         quick = writer.begin(batches(), numbers, idle).result()
         slow = writer.begin(batches(), numbers, busy).result()
-    assert quick.seconds < 2 * nap and slow.seconds >= 3 * nap
+        assert before < quick.at < slow.at <= time.perf_counter()
+    assert quick.seconds < work / 2 and slow.seconds >= work
+
+
+def test_denoising_that_waits_is_counted() -> None:
+    nap = 0.3
+
+    def write(samples: Iterator[Any]) -> Any:
+        time.sleep(nap)
+        return list(samples)
+
+    with ShardWriter() as writer:
+        writer.begin(map(batch, range(AHEAD - 1)), numbers, write).result()
+        assert writer.waited < nap
+        # What comes beyond the queue waits for the thread to take some.
+        writer.begin(map(batch, range(AHEAD + 2)), numbers, write).result()
+        assert writer.waited >= nap / 2
