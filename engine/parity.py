@@ -1,5 +1,6 @@
 """Whether an engine computes what it is meant to: its outputs beside those of the eager float32 reference."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,6 +12,8 @@ from diffdfkd.engine.engine_stages import Stage
 from diffdfkd.engine.memory import LESS_MEMORY, less_memory, ran_out
 from diffdfkd.engine.onnx_files import deepest_line
 from diffdfkd.engine.runner import NoEngine
+
+log = logging.getLogger(__name__)
 
 
 class Tolerance(NamedTuple):
@@ -77,7 +80,8 @@ def proven(
 ) -> Parity:
     """The parity of an engine, named in words; raises NoEngine where it fails when it is called.
 
-    Raises Refused where it is not within its precision's tolerance.
+    Raises Refused where it is not within its precision's tolerance. Where eager float32 does not fit into memory with
+    batches of ``rows``, by default `usual_rows`, it is compared with smaller ones, down to one row.
     """
 
     def call(*inputs: Tensor) -> Sequence[Tensor]:
@@ -89,13 +93,22 @@ def proven(
                 f"{stage.name}: {engine} fails when it is called: {deepest_line(error)}{less_memory(error)}"
             ) from error
 
-    try:
-        parity = measure_parity(stage, call, rows=rows, precision=precision)
-    except Exception as error:
-        if not ran_out(error):
-            raise
-        what = "float32 in eager mode, which it is compared with, does not fit into memory"
-        raise NoEngine(f"{stage.name}: {engine}: {what} ({deepest_line(error)}); {LESS_MEMORY}") from error
+    rows = tuple(rows or usual_rows(stage))
+    parity = None
+    while parity is None:
+        try:
+            parity = measure_parity(stage, call, rows=rows, precision=precision)
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            what = "float32 in eager mode, which it is compared with, does not fit into memory"
+            if max(rows) == 1:
+                raise NoEngine(f"{stage.name}: {engine}: {what} ({deepest_line(error)}); {LESS_MEMORY}") from error
+            log.warning("%s: %s: %s with a batch of %s; a smaller one is compared", stage.name, engine, what, max(rows))
+            rows = tuple(dict.fromkeys(max(1, count // 2) for count in rows))
+        # Out of the handler, which would keep what the batch holds.
+        if parity is None and stage.device.type == "cuda":
+            torch.cuda.empty_cache()
     if parity.fault is not None:
         raise Refused(f"{stage.name}: {engine} differs from eager ({parity.fault}); it is not used", parity)
     return parity

@@ -27,6 +27,7 @@ def build(recipe: Recipe, *, progress: bool = True) -> str:
     from diffdfkd.engine.classifier import build_classifier
     from diffdfkd.engine.memory import fitting
     from diffdfkd.engine.painter import SMALLER, refuse_batch
+    from diffdfkd.recipes.engines import wanted
     from diffdfkd.recipes.launch import settle_machine
     from diffdfkd.recipes.run import load_prior_for, use_device
 
@@ -36,32 +37,12 @@ def build(recipe: Recipe, *, progress: bool = True) -> str:
     prior = load_prior_for(recipe, teacher)
     refuse_batch(prior, recipe.synthesis.batch_size)
     lines = []
-    for stage, subject in _wanted(recipe, prior, teacher):
+    for stage, subject in wanted(recipe, prior, teacher):
         backend = recipe.engine.chain if stage == "chain" else recipe.engine.unet
         with fitting("synthesis.batch_size", f"a batch of {subject.images.usual:,} images", SMALLER):
             entry = _build_one(subject, stage, backend, progress)
         lines += _lines(stage, subject.student is not None, entry)
     return "\n".join(lines)
-
-
-def _wanted(recipe: Recipe, prior: Any, teacher: Any) -> list[tuple[str, Any]]:
-    """(stage, what it is made of) for all engines of the recipe's rounds."""
-    from diffdfkd.engine.backends.serve import serves_itself
-    from diffdfkd.engine.classifier import build_classifier
-    from diffdfkd.engine.painter import uses_student
-    from diffdfkd.recipes.engines import stages_of, subject_of
-
-    first = subject_of(recipe, prior, teacher)
-    wanted = [
-        (stage, first)
-        for stage in stages_of(recipe)
-        if not serves_itself(recipe, recipe.engine.chain if stage == "chain" else recipe.engine.unet)
-    ]
-    if recipe.rounds > 1 and uses_student(recipe, 1) and not serves_itself(recipe, recipe.engine.chain):
-        # Its weights are inputs, so any student of the architecture will do.
-        student = build_classifier(recipe.student, recipe.teacher, field="student", seed=recipe.seed)
-        wanted.append(("chain", replace(first, student=student.to(recipe.device).eval().requires_grad_(False))))
-    return wanted
 
 
 def _build_one(subject: Any, stage: str, backend: str, progress: bool) -> "Entry":

@@ -1,9 +1,12 @@
 """A run's engines, settled before its first shard: chosen where the recipe says ``auto``, built where it names one."""
 
+import logging
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
+from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.recipes.run_folder import RunFolder
 
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     from diffdfkd.engine.classifier import Classifier
     from diffdfkd.engine.journal import Journal
     from diffdfkd.engine.prior import Prior
+
+log = logging.getLogger(__name__)
 
 
 def with_engines(folder: RunFolder, prior: "Prior", teacher: "Classifier") -> tuple[RunFolder, list["Choice"]]:
@@ -26,7 +31,7 @@ def with_engines(folder: RunFolder, prior: "Prior", teacher: "Classifier") -> tu
     refuse_attention(folder.recipe.engine.attention, folder.recipe.engine.unet, prior.unet)
     recipe, choices = settle_engines(folder.recipe, lambda: subject_of(folder.recipe, prior, teacher))
     recipe = with_attention(recipe, prior)
-    build_engines(recipe, prior, teacher)
+    recipe = build_engines(recipe, prior, teacher, {choice.stage for choice in choices})
     return replace(folder, recipe=recipe), choices
 
 
@@ -53,17 +58,43 @@ def with_attention(recipe: Recipe, prior: "Prior") -> Recipe:
     return recipe.model_copy(update={"engine": engine.model_copy(update={"attention": attention})})
 
 
-def build_engines(recipe: Recipe, prior: "Prior", teacher: "Classifier") -> None:
-    """Build what the first round needs and the cache lacks; UserError, naming the field, where that fails."""
-    from diffdfkd.engine.backends.serve import open_engine, run_settings, serves_itself
+def build_engines(recipe: Recipe, prior: "Prior", teacher: "Classifier", chosen: Collection[str] = ()) -> Recipe:
+    """Build what the recipe's rounds need and the cache lacks; UserError, naming the field, where that fails.
 
-    subject = None
-    for stage in stages_of(recipe):
+    Returns the recipe. Of stages that are ``chosen`` rather than named, one that cannot be had with a student is eager.
+    """
+    from diffdfkd.engine.backends.serve import open_engine, run_settings
+
+    settings = run_settings(recipe)
+    for stage, subject in wanted(recipe, prior, teacher):
         backend = recipe.engine.chain if stage == "chain" else recipe.engine.unet
-        if serves_itself(recipe, backend):
-            continue
-        subject = subject or subject_of(recipe, prior, teacher)
-        open_engine(subject, stage, backend, run_settings(recipe)).runner.close()
+        try:
+            open_engine(subject, stage, backend, settings).runner.close()
+        except UserError as reason:
+            if stage not in chosen or subject.student is None:
+                raise
+            log.warning("%s; so guidance is eager, in all rounds alike", reason)
+            recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={stage: "eager"})})
+    return recipe
+
+
+def wanted(recipe: Recipe, prior: "Prior", teacher: "Classifier") -> list[tuple[str, "Subject"]]:
+    """(stage, what it is made of) for all engines of the recipe's rounds: the chain with the student comes last."""
+    from diffdfkd.engine.backends.serve import serves_itself
+    from diffdfkd.engine.classifier import build_classifier
+    from diffdfkd.engine.painter import uses_student
+
+    engine = recipe.engine
+    stages = [s for s in stages_of(recipe) if not serves_itself(recipe, engine.chain if s == "chain" else engine.unet)]
+    if not stages:
+        return []
+    first = subject_of(recipe, prior, teacher)
+    found = [(stage, first) for stage in stages]
+    if "chain" in stages and recipe.rounds > 1 and uses_student(recipe, 1):
+        # Its weights are inputs, so any student of the architecture will do.
+        student = build_classifier(recipe.student, recipe.teacher, field="student", seed=recipe.seed)
+        found.append(("chain", replace(first, student=student.to(recipe.device).eval().requires_grad_(False))))
+    return found
 
 
 def stages_of(recipe: Recipe) -> list[str]:

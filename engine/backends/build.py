@@ -1,6 +1,7 @@
 """From a stage to a runner: export, compile or build it once, prove it against eager, keep it in the user's cache."""
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -99,7 +100,17 @@ def build(make: Make, backend: Backend, precision: torch.dtype, settings: Settin
         stage, started = make(precision), time.perf_counter()
         runner = open_runner(stage, backend, precision, settings, Path())
         return Built(runner, proven(stage, backend, precision, runner), time.perf_counter() - started, False)
-    runner = open_runner(stage, backend, precision, settings, entry.folder)
+    try:
+        runner = open_runner(stage, backend, precision, settings, entry.folder)
+    except NoEngine as reason:
+        if settings.capabilities and backend == "tensorrt-rtx":
+            named = ", ".join(settings.capabilities)
+            cure = f"if engine.capabilities ({named}) leaves this GPU out, add it, or leave the field out"
+            raise NoEngine(f"{reason}; {cure}") from reason
+        if entry.made or LESS_MEMORY in str(reason):
+            raise
+        settings.cache.drop(entry, f"it no longer loads here, and is built again ({reason})")
+        return build(make, backend, precision, settings)
     parity = _parity(entry.details)
     kept = parity is not None and not entry.made
     try:
@@ -188,6 +199,8 @@ def _build_plan(stage: Stage, backend: Backend, settings: Settings, folder: Path
     # Said before the export, which takes long.
     load_flavour(backend)
     targets(backend, settings.capabilities)
+    # It outlives a build that fails, whose folder vanishes.
+    log_file = settings.cache.side_folder("logs") / f"{stage.name}-{folder.name.strip('.')}.log"
     details = build_plan(
         exported(stage, settings).path(MODEL),
         folder / PLAN,
@@ -196,9 +209,10 @@ def _build_plan(stage: Stage, backend: Backend, settings: Settings, folder: Path
         capabilities=settings.capabilities,
         memory_limit=settings.memory_limit,
         timing_cache=settings.cache.side_folder("timing") / "tensorrt.timing" if backend == "tensorrt" else None,
-        log=folder / "builder.log",
+        log=log_file,
         progress=settings.progress,
     )
+    shutil.move(log_file, folder / "builder.log")
     details["build_seconds"] = details.pop("seconds")
     return details
 

@@ -109,12 +109,17 @@ class EngineCache:
             _put_away(place)
 
     def side_folder(self, name: str) -> Path:
-        """A folder in the cache for what engines keep by themselves, made if need be; its files are looked at too."""
+        """A folder in the cache for what engines keep by themselves, made if need be, for the user alone.
+
+        Of one that lets others in, its files are looked at too: engines make them by the process's umask.
+        """
         folder = self.folder / name
         with self._own.naming_faults(folder):
             self._own.make(folder)
-            for path in folder.iterdir():
-                self._own.trust(path)
+            if self._own.trust(folder).st_mode & 0o077:
+                for path in folder.iterdir():
+                    with suppress(FileNotFoundError):  # another process's temporary file
+                        self._own.trust(path)
         return folder
 
     def _look(self, place: Place) -> Entry | None:

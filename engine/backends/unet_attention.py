@@ -32,6 +32,7 @@ def settle_attention(
     if wanted == "sdpa":
         return "sdpa"
     fault = _fault(engine, unet)
+    tried = fault is None
     if fault is None:
         try:
             use_attention(unet, "xformers")
@@ -44,7 +45,8 @@ def settle_attention(
     if fault is not None:
         if wanted == "xformers":
             raise _refusal(fault)
-        log.info("engine.attention=auto takes sdpa: %s", fault)
+        # That it is not there is as most machines are; that it is there and fails is for the user to know.
+        log.log(logging.WARNING if tried else logging.INFO, "engine.attention=auto takes sdpa: xformers: %s", fault)
         return "sdpa"
     if wanted == "xformers":
         return "xformers"

@@ -221,6 +221,27 @@ def test_worst_of_all_batches_counts() -> None:
     assert parity.relative == pytest.approx(0.03, rel=1e-3) and parity.fault is None
 
 
+def test_reference_that_fits_with_smaller_batches_is_compared_with_those(caplog: pytest.LogCaptureFixture) -> None:
+    plain, seen = stage(), []
+
+    def narrow(x: Tensor) -> tuple[Tensor, ...]:
+        seen.append(len(x))
+        if len(x) > 30:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 3 GiB")
+        return outputs(x)
+
+    tight = Stage(plain.specification, BF16, lambda dtype: narrow, "0" * 64, plain.examples)
+    assert proven(tight, "tensorrt", BF16, outputs).rows == (25, 12)
+    assert seen == [100, 50, 25, 12] and "a smaller one is compared" in caplog.text
+    with pytest.raises(Refused, match="batch of 25"):
+        proven(
+            tight,
+            "tensorrt",
+            BF16,
+            lambda x: tuple(1.1 * value if value.is_floating_point() else value for value in outputs(x)),
+        )
+
+
 def test_reference_without_memory_is_said_with_the_cure() -> None:
     def full(x: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError("CUDA out of memory. Tried to allocate 3 GiB")

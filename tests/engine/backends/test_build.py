@@ -31,6 +31,7 @@ from diffdfkd.engine.backends.identity import engine_identity
 from diffdfkd.engine.backends.openvino import OpenVinoRunner
 from diffdfkd.engine.engine_stages import Stage
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.memory import LESS_MEMORY
 from diffdfkd.engine.parity import Refused
 from diffdfkd.engine.runner import NoEngine
 
@@ -391,10 +392,60 @@ def test_plan_for_other_gpus_is_built_without_one(
     _, again = prepare(make, "tensorrt-rtx", precision, settings)
     assert not again.made and again.folder == entry.folder
     if not torch.cuda.is_available():
-        with pytest.raises(NoEngine, match="tensorrt-rtx runs on a GPU, and torch finds none"):
+        with pytest.raises(NoEngine, match=r"runs on a GPU, and torch finds none.*capabilities \(SM89, SM86\) leaves"):
             build(make, "tensorrt-rtx", precision, settings)
         assert settings.cache.find("tensorrt-rtx", entry.identity) is not None
     assert stage.precision == precision
+
+
+@needs_rtx
+def test_what_a_builder_said_outlives_its_failure(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise NoEngine("no such network")
+
+    monkeypatch.setattr("diffdfkd.engine.backends.tensorrt_builder.compare", fail)
+    with pytest.raises(NoEngine, match="no such network"):
+        prepare(make, "tensorrt-rtx", F32, replace(settings, capabilities=("SM86",)))
+    (log,) = (settings.cache.folder / "logs").iterdir()
+    assert log.name.startswith("unet-") and log.read_text()
+
+
+def test_engine_that_no_longer_loads_is_built_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = build(make, "eager", BF16, settings)
+    real, refused = build_module.open_runner, []
+
+    def once(*given: Any) -> Any:
+        if not refused:
+            refused.append(given)
+            raise NoEngine("unet: it was built for another driver")
+        return real(*given)
+
+    monkeypatch.setattr(build_module, "open_runner", once)
+    assert first.cached is False and not build(make, "eager", BF16, settings).cached
+    assert "no longer loads here, and is built again (unet: it was built for another driver)" in caplog.text
+    assert build(make, "eager", BF16, settings).cached
+
+
+@pytest.mark.parametrize("why", ["unet: it lacks a driver", f"unet: it does not fit; {LESS_MEMORY}"])
+def test_engine_that_does_not_load_when_it_was_just_built_or_lacks_memory_is_no_engine(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    build(make, "eager", BF16, settings)
+    before, calls = visible(settings.cache), []
+
+    def fail(*given: Any) -> Any:
+        calls.append(given)
+        raise NoEngine(why)
+
+    monkeypatch.setattr(build_module, "open_runner", fail)
+    with pytest.raises(NoEngine, match=why.split(";")[0]):
+        build(make, "eager", BF16, settings)
+    if LESS_MEMORY in why:
+        assert len(calls) == 1 and visible(settings.cache) == before
+    else:
+        assert len(calls) == 2 and not visible(settings.cache)
 
 
 @needs_rtx

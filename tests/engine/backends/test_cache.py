@@ -15,6 +15,7 @@ from built_engines import FILES, IDENTITY, build, never, sound, umask, visible
 
 from diffdfkd.engine.backends.cache import EngineCache
 from diffdfkd.engine.backends.entry import SIDECAR, Entry
+from diffdfkd.engine.errors import UserError
 
 
 class Counted:
@@ -313,3 +314,26 @@ def test_an_entry_may_be_built_from_another(cache: EngineCache) -> None:
     made = cache.obtain("tensorrt", IDENTITY, plan)
     assert made.path("engine.plan").read_bytes() == FILES["unet.plan"]
     assert len(visible(cache)) == 2
+
+
+def test_side_folders_are_the_users_alone_whatever_an_engine_makes_in_them(cache: EngineCache) -> None:
+    """A compiler makes folders by the process's umask, of which one may let a group write."""
+    with umask(0o002):
+        folder = cache.side_folder("inductor")
+        (folder / "3e").mkdir()
+        (folder / "timing").write_bytes(b"x")
+        assert (folder / "3e").stat().st_mode & 0o020
+        assert cache.side_folder("inductor") == folder
+    assert folder.stat().st_mode & 0o077 == 0
+    # Of one that others can enter this is no longer so.
+    folder.chmod(0o755)
+    with pytest.raises(UserError, match=r"inductor/(3e|timing) may be written by others"):
+        cache.side_folder("inductor")
+
+
+def test_side_folder_in_which_a_file_vanishes(cache: EngineCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = cache.side_folder("kernels")
+    folder.chmod(0o755)
+    there = (folder / "a.tmp",)
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(there))
+    assert cache.side_folder("kernels") == folder
