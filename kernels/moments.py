@@ -61,9 +61,10 @@ class SampleMoments(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         activation, mean = ctx.saved_tensors
         by_mean, by_variance = (gradient.view_as(mean) for gradient in gradients)
-        # Joined, so that a compiler keeps them as buffers and does not work them out again at every position.
-        shift, slope = (torch.cat([by_mean, 2 * by_variance]) / activation[0, 0].numel()).chunk(2)
-        return torch.addcmul(shift, activation - mean, slope)
+        # Joined, so that a compiler keeps them as buffers and does not work them out again at every position; not along
+        # the batch, which TensorRT does not split where it is free.
+        both = torch.stack([by_mean, 2 * by_variance]) / activation[0, 0].numel()
+        return torch.addcmul(both[0], activation - mean, both[1])
 
 
 def sample_moments_reference(activation: Tensor) -> tuple[Tensor, Tensor]:
