@@ -12,6 +12,7 @@ from diffdfkd.engine.backends.serve import (
     EngineUNet,
     EngineVjp,
     Subject,
+    backend_of,
     open_engine,
     run_settings,
     serves_itself,
@@ -74,7 +75,7 @@ class Denoiser:
         return guidance_chain(decode, subject.teacher, self._taps, recipe.guidance, student, kernel=recipe.kernel)
 
     def _open(self, subject: Subject, stage: str) -> Runner:
-        engine = self.recipe.engine.chain if stage == "chain" else self.recipe.engine.unet
+        engine = backend_of(self.recipe, stage)
         self._runners.append(open_engine(subject, stage, engine, self._settings).runner)
         return self._runners[-1]
 

@@ -24,6 +24,7 @@ def build(recipe: Recipe, *, progress: bool = True) -> str:
     named = {stage: getattr(recipe.engine, stage) for stage in ("unet", "chain")}
     if set(named.values()) <= {"auto", "eager"}:
         raise UserError("engine: nothing is built ahead for auto or eager; name one, such as engine=tensorrt-rtx")
+    from diffdfkd.engine.backends.serve import backend_of
     from diffdfkd.engine.classifier import build_classifier
     from diffdfkd.engine.memory import fitting
     from diffdfkd.engine.painter import SMALLER, refuse_batch
@@ -38,7 +39,7 @@ def build(recipe: Recipe, *, progress: bool = True) -> str:
     refuse_batch(prior, recipe.synthesis.batch_size)
     lines = []
     for stage, subject in wanted(recipe, prior, teacher):
-        backend = recipe.engine.chain if stage == "chain" else recipe.engine.unet
+        backend = backend_of(recipe, stage)
         with fitting("synthesis.batch_size", f"a batch of {subject.images.usual:,} images", SMALLER):
             entry = _build_one(subject, stage, backend, progress)
         lines += _lines(stage, subject.student is not None, entry)

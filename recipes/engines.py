@@ -63,13 +63,12 @@ def build_engines(recipe: Recipe, prior: "Prior", teacher: "Classifier", chosen:
 
     Returns the recipe. Of stages that are ``chosen`` rather than named, one that cannot be had with a student is eager.
     """
-    from diffdfkd.engine.backends.serve import open_engine, run_settings
+    from diffdfkd.engine.backends.serve import backend_of, open_engine, run_settings
 
-    settings = run_settings(recipe)
     for stage, subject in wanted(recipe, prior, teacher):
-        backend = recipe.engine.chain if stage == "chain" else recipe.engine.unet
         try:
-            open_engine(subject, stage, backend, settings).runner.close()
+            # Asked here alone: where nothing is built no folder need be known for the cache.
+            open_engine(subject, stage, backend_of(recipe, stage), run_settings(recipe)).runner.close()
         except UserError as reason:
             if stage not in chosen or subject.student is None:
                 raise
@@ -80,12 +79,11 @@ def build_engines(recipe: Recipe, prior: "Prior", teacher: "Classifier", chosen:
 
 def wanted(recipe: Recipe, prior: "Prior", teacher: "Classifier") -> list[tuple[str, "Subject"]]:
     """(stage, what it is made of) for all engines of the recipe's rounds: the chain with the student comes last."""
-    from diffdfkd.engine.backends.serve import serves_itself
+    from diffdfkd.engine.backends.serve import backend_of, serves_itself
     from diffdfkd.engine.classifier import build_classifier
     from diffdfkd.engine.painter import uses_student
 
-    engine = recipe.engine
-    stages = [s for s in stages_of(recipe) if not serves_itself(recipe, engine.chain if s == "chain" else engine.unet)]
+    stages = [stage for stage in stages_of(recipe) if not serves_itself(recipe, backend_of(recipe, stage))]
     if not stages:
         return []
     first = subject_of(recipe, prior, teacher)

@@ -76,6 +76,11 @@ def run_settings(recipe: Recipe) -> Settings:
     return Settings(EngineCache(folder), recipe.threads, tuple(engine.capabilities), limit)
 
 
+def backend_of(recipe: Recipe, stage: str) -> str:
+    """What the recipe says runs a stage: the UNet's gradients go with the UNet."""
+    return recipe.engine.chain if stage == "chain" else recipe.engine.unet
+
+
 def serves_itself(recipe: Recipe, backend: str) -> bool:
     """Whether the stage is the plain one of `engine/stages.py`, which needs no engine."""
     precision = recipe.engine.precision or recipe.prior.dtype
