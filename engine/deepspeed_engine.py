@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from diffdfkd.engine.checkpoint import State, publish, read_trusting_nothing
 from diffdfkd.engine.classifier import Classifier
+from diffdfkd.engine.distillation_recipe import DistillationRecipe
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.recipe import DistillationRecipe
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,13 @@ from diffdfkd.engine.deepspeed_engine import (
     save,
     training_processes,
 )
+from diffdfkd.engine.distillation_recipe import DistillationRecipe
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.images import Images
 from diffdfkd.engine.journal import Journal
 from diffdfkd.engine.logits import Logits, Part, answers, folder_parts, keep_logits, to_float, uses_cache
 from diffdfkd.engine.memory import fitting
 from diffdfkd.engine.progress import progress_bar
-from diffdfkd.engine.recipe import DistillationRecipe
 from diffdfkd.engine.shards import canonical_json
 from diffdfkd.kernels.kd_loss import kd_loss
 from diffdfkd.kernels.launch import Kernel

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from diffdfkd.engine.checkpoint import state_digest
 from diffdfkd.engine.classifier import Classifier
+from diffdfkd.engine.distillation_recipe import DistillationRecipe
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.images import Images
 from diffdfkd.engine.journal import Journal
 from diffdfkd.engine.progress import progress_bar
-from diffdfkd.engine.recipe import DistillationRecipe
 from diffdfkd.engine.shards import canonical_json, write_atomic
 from diffdfkd.engine.weights import stable_safetensors
 

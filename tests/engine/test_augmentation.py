@@ -3,7 +3,7 @@ import torch
 from torch import Generator, Tensor
 
 from diffdfkd.engine.augmentation import AUGMENTATIONS, augment, crop, cutmix, erase, flip, mixup
-from diffdfkd.engine.recipe import DistillationRecipe
+from diffdfkd.engine.distillation_recipe import DistillationRecipe
 
 
 def seeded(seed: int = 0) -> Generator:

@@ -19,9 +19,9 @@ from diffdfkd.engine.batches import Batches, derive_seed
 from diffdfkd.engine.classifier import Classifier, Preprocessing
 from diffdfkd.engine.deepspeed_engine import deepspeed_config
 from diffdfkd.engine.distillation import DistillationSummary, distill, learning_rate
+from diffdfkd.engine.distillation_recipe import DistillationRecipe
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.journal import Journal, read_journal
-from diffdfkd.engine.recipe import DistillationRecipe
 from diffdfkd.kernels.kd_loss import kd_loss
 
 WORKER = Path(__file__).with_name("distillation_worker.py")

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from diffdfkd.engine import logits
 from diffdfkd.engine.classifier import Classifier, Preprocessing
+from diffdfkd.engine.distillation_recipe import DistillationRecipe
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.journal import Journal, read_journal
 from diffdfkd.engine.logits import Logits, Part, Stale, folder_parts, keep_logits, read_part, uses_cache
-from diffdfkd.engine.recipe import DistillationRecipe
 
 
 class Noise:
