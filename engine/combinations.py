@@ -141,6 +141,7 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
             f"cached, but {mixing[0]} makes an image of two, to which no kept answer belongs; take auto or computed, "
             f"or leave {' and '.join(mixing)} out of distillation.augmentation",
         )
+    yield from _no_maps(recipe)
     warmup, steps = recipe.distillation.warmup_steps, recipe.distillation.steps
     if warmup >= steps:
         yield (
@@ -185,6 +186,33 @@ def _no_image_left(recipe: "Recipe") -> Iterable[tuple[str, str]]:
     if holdout >= images:
         where = "" if recipe.rounds == 1 else " of the first round"
         yield "distillation.holdout", f"got {holdout} of {images} images{where}; leave some to train on"
+
+
+def _no_maps(recipe: "Recipe") -> Iterable[tuple[str, str]]:
+    """Where the class-activation losses are asked for, and something hides the feature maps that they compare."""
+    distillation = recipe.distillation
+    if not distillation.reads_maps:
+        return
+    field = "distillation.cam_weight" if distillation.cam_weight > 0 else "distillation.sarc_weight"
+    off = "set distillation.cam_weight and sarc_weight to 0"
+    if distillation.teacher_logits == "cached":
+        yield (
+            "distillation.teacher_logits",
+            f"cached, but {field} compares the teacher's feature maps, which are not kept; take auto or computed, or "
+            f"{off}",
+        )
+    if recipe.teacher.architecture in PROGRAMS:
+        yield (
+            field,
+            f"compares feature maps, but teacher.architecture is {recipe.teacher.architecture}, a whole program, which "
+            f"shows none; {off}, or bring the module's code (package.module:factory) and its state dict",
+        )
+    if distillation.zero_stage == 3:
+        yield (
+            field,
+            "reads the student's classifier, which distillation.zero_stage=3 scatters over the processes; take "
+            f"zero_stage 0, 1 or 2, or {off}",
+        )
 
 
 def _no_partner_within(recipe: "Recipe") -> Iterable[tuple[str, str]]:

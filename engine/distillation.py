@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffdfkd.engine.augmentation import augment
 from diffdfkd.engine.batches import Batches, derive_seed
@@ -31,9 +33,11 @@ from diffdfkd.engine.deepspeed_engine import (
 )
 from diffdfkd.engine.distillation_recipe import DistillationRecipe
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.feature_stages import stages_of_both
 from diffdfkd.engine.images import Images
 from diffdfkd.engine.journal import Journal
 from diffdfkd.engine.logits import Logits, Part, answers, folder_parts, keep_logits, to_float, uses_cache
+from diffdfkd.engine.losses import ActivationLosses, activation_losses
 from diffdfkd.engine.memory import fitting
 from diffdfkd.engine.progress import progress_bar
 from diffdfkd.engine.shards import canonical_json
@@ -84,7 +88,8 @@ def distill(
     that the round before left. What is decided is journalled as event ``distill_start``, the curve as ``distill``.
     `parts` are the files that the teacher's answers are kept in, where they are; by default under ``output/logits``.
     `kernel` is the form of the loss (kernels/launch.py).
-    Raises UserError for impossible settings, a checkpoint that cannot be read and a loss that is not finite.
+    Raises UserError for impossible settings, a checkpoint that cannot be read and a loss that is not finite, and for
+    networks whose feature maps the recipe's losses cannot read.
     """
     begin = time.perf_counter()
     until = recipe.steps if until_step is None else min(until_step, recipe.steps)
@@ -101,6 +106,7 @@ def distill(
         )
         # On the CPU and on any GPU the convolutions are fastest with the channels last.
         teacher.to(place.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        stages = stages_of_both(teacher, student, recipe)
         digest = recipe_digest(recipe, student, teacher, seed)
         found = published(folder)
         history, continued, reason = continuation(
@@ -149,10 +155,12 @@ def distill(
                         progress=progress,
                     )
                 share = f"a batch of {recipe.batch_size // place.processes:,} images on the {place.device.type}"
-                with fitting("distillation.batch_size", share, "give a smaller one; images and checkpoints stay"):
-                    state, speed = _train(
-                        engine, teacher, logits, batches, recipe, place, folder, state, until, journal, kernel, progress
-                    )
+                with (
+                    activation_losses(teacher, engine.module, stages, recipe) as maps,
+                    fitting("distillation.batch_size", share, "give a smaller one; images and checkpoints stay"),
+                ):
+                    learn = partial(_train, engine, teacher, logits, maps, batches, recipe, place, folder)
+                    state, speed = learn(state, until, journal, kernel, progress)
             student.load_state_dict(gathered_weights(engine))
         finally:
             engine.destroy()
@@ -185,7 +193,7 @@ def learning_rate(recipe: DistillationRecipe, step: int) -> float:
 def recipe_digest(recipe: DistillationRecipe, student: Classifier, teacher: Classifier, seed: int) -> str:
     """SHA-256 of what the student depends on besides the images and its own first weights."""
     content = {
-        "recipe": recipe.model_dump(mode="json", exclude={"checkpoint_every"}),
+        "recipe": recipe.course(),
         "student": [[name, str(value.dtype), list(value.shape)] for name, value in student.state_dict().items()],
         "preprocessing": repr(student.preprocessing),
         "teacher": state_digest(teacher.state_dict()),
@@ -204,6 +212,7 @@ def _train(
     engine: Any,
     teacher: Classifier,
     logits: Logits | None,
+    maps: ActivationLosses | None,
     batches: Batches,
     recipe: DistillationRecipe,
     place: Place,
@@ -218,7 +227,8 @@ def _train(
     engine.train()
     begin, start = time.perf_counter(), state.step
     generator = torch.Generator()
-    total, counted = torch.zeros((), device=place.device), 0
+    totals: dict[str, Tensor] = {}
+    counted = 0
     bar = progress_bar(until, "distillation", unit="steps", shown=progress and place.rank == 0, done=start)
     with bar:
         for step, (indices, pixels) in enumerate(batches.stream(start, until), start):
@@ -230,22 +240,25 @@ def _train(
             generator.manual_seed(derive_seed(batches.seed, "augmentation", step, place.rank))
             images = augment(to_float(pixels, place.device), recipe.augmentation, generator)
             images = images.contiguous(memory_format=torch.channels_last)
-            if logits is None:
-                targets = answers(teacher, images, recipe.dtype)
-            else:
+            if logits is not None:
                 targets = logits.read(indices).to(place.device, non_blocking=True)
+            else:
+                targets = answers(teacher, images, recipe.dtype) if maps is None else maps.answers(images)
             loss = kd_loss(engine(images).contiguous(), targets.contiguous(), recipe.temperature, kernel=kernel)
-            engine.backward(loss)
+            terms = {"loss": loss} if maps is None else maps.added(loss, targets)
+            engine.backward(terms["loss"])
             engine.step()
-            total += loss.detach()
+            for name, term in terms.items():
+                totals[name] = totals.get(name, 0) + term.detach()
             counted += 1
             done = step + 1
             save_now = done % recipe.checkpoint_every == 0 or done == until
             # Before each checkpoint, so that none is made of a loss that is not finite.
             if save_now or done % REPORT_EVERY == 0:
-                state = state.model_copy(update={"loss": mean_over_processes(total / counted, place)})
-                total, counted = torch.zeros_like(total), 0
-                _report(state.loss, rate, done, place, journal)
+                means = {name: mean_over_processes(total / counted, place) for name, total in totals.items()}
+                state = state.model_copy(update={"loss": means["loss"]})
+                totals, counted = {}, 0
+                _report(means, rate, done, place, journal)
                 bar.set_postfix(loss=f"{state.loss:.4f}", refresh=False)
             if save_now:
                 average_buffers(engine.module, place)
@@ -256,15 +269,16 @@ def _train(
     return state, (until - start) * recipe.batch_size / (time.perf_counter() - begin)
 
 
-def _report(loss: float, rate: float, step: int, place: Place, journal: Journal) -> None:
-    if not math.isfinite(loss):
+def _report(losses: dict[str, float], rate: float, step: int, place: Place, journal: Journal) -> None:
+    if not math.isfinite(losses["loss"]):
         raise UserError(
-            f"distillation.learning_rate: the loss is {loss} at step {step}; lower the rate, or add warmup_steps"
+            f"distillation.learning_rate: the loss is {losses['loss']} at step {step}; lower the rate, or add "
+            "warmup_steps"
         )
     if place.rank == 0:
-        journal.log("distill", step=step, loss=loss, learning_rate=rate)
-        journal.scalar("distill/loss", loss, step)
-        journal.scalar("distill/learning_rate", rate, step)
+        journal.log("distill", step=step, **losses, learning_rate=rate)
+        for name, value in {**losses, "learning_rate": rate}.items():
+            journal.scalar(f"distill/{name}", value, step)
 
 
 @torch.no_grad()

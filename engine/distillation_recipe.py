@@ -8,6 +8,11 @@ from pydantic import Field, model_validator
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe_section import Count, Fraction, Positive, Section, Weight
 
+StageNames = Annotated[list[str], Field(min_length=3, max_length=3)]
+
+MAPS = ("cam_weight", "sarc_weight", "teacher_stages", "student_stages")
+"""Fields of the class-activation losses."""
+
 OWNED = {
     "train_batch_size": "distillation.batch_size",
     "train_micro_batch_size_per_gpu": "distillation.batch_size",
@@ -52,6 +57,15 @@ class DistillationRecipe(Section):
     """Of ``schedule: step``: fractions of ``steps`` after which the rate is divided by ten."""
     temperature: Positive = 4.0
     """tau of tau^2 KL(teacher || student)."""
+    cam_weight: Weight = 0.0
+    """Of the class activation maps' mean squared difference, beside a KL averaged over the batch (docs/method.md)."""
+    sarc_weight: Weight = 0.0
+    """Of the Grad-CAMs' at three stages, for the class that the teacher names (mSARC)."""
+    teacher_stages: StageNames | None = None
+    """Modules of the teacher's network, first to last, whose outputs are the maps; those of ``cam_weight`` are read
+    off the last one. By default the last module of each of the last three resolutions."""
+    student_stages: StageNames | None = None
+    """Of the student's network, each beside the teacher's."""
     augmentation: list[Literal["flip", "crop", "affine", "erase", "cutmix", "mixup"]] = ["flip", "crop"]
     """Applied to each batch before teacher and student see it, in this order."""
     teacher_logits: Literal["auto", "cached", "computed"] = "auto"
@@ -66,6 +80,16 @@ class DistillationRecipe(Section):
     """Steps between checkpoints."""
     holdout: Annotated[int, Field(ge=0)] = 0
     """Synthetic images held back from training to report agreement with the teacher on."""
+
+    @property
+    def reads_maps(self) -> bool:
+        """Whether a class-activation loss takes part."""
+        return self.cam_weight > 0 or self.sarc_weight > 0
+
+    def course(self) -> dict[str, Any]:
+        """The fields that the course of training depends on, JSON-ready."""
+        idle = set() if self.reads_maps else set(MAPS)
+        return self.model_dump(mode="json", exclude={"checkpoint_every", *idle})
 
     @model_validator(mode="after")
     def _deepspeed_is_free(self) -> "DistillationRecipe":

@@ -78,6 +78,8 @@ def folder_parts(folder: Path, images: int, source: str) -> list[Part]:
 def uses_cache(recipe: DistillationRecipe, images: int) -> tuple[bool, str]:
     """Whether answers are kept, and the reason in words."""
     changes = ", ".join(recipe.augmentation)
+    if recipe.reads_maps:
+        return False, "the class-activation losses read the teacher's feature maps at each step"
     if recipe.teacher_logits == "cached" and changes:
         return True, f"as asked: the teacher's answers are those to the images before {changes}"
     if recipe.teacher_logits != "auto":
@@ -89,11 +91,14 @@ def uses_cache(recipe: DistillationRecipe, images: int) -> tuple[bool, str]:
     return True, "without augmentation an image has one answer"
 
 
-def answers(teacher: Classifier, images: Tensor, dtype: str) -> Tensor:
-    """The teacher's logits [n,K] for images in [0, 1], under autocast where `dtype` is bfloat16."""
+def answers(teacher: Classifier, images: Tensor, dtype: str, *, graph: bool = False) -> Tensor:
+    """The teacher's logits [n,K] for images in [0, 1], under autocast where `dtype` is bfloat16.
+
+    With `graph` autograd records what needs a gradient; the logits are detached from it.
+    """
     low = dtype == "bfloat16"
-    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=low):
-        return teacher(images)
+    with torch.set_grad_enabled(graph), torch.autocast(images.device.type, torch.bfloat16, enabled=low):
+        return teacher(images).detach()
 
 
 def to_float(pixels: Tensor, device: torch.device) -> Tensor:

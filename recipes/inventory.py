@@ -107,6 +107,7 @@ def _lora(lora: LoraRecipe, field: str) -> Item:
 
 def _teacher(recipe: Recipe) -> Item:
     from diffdfkd.engine.classifier import build_classifier, build_model
+    from diffdfkd.engine.feature_stages import stages_of
     from diffdfkd.engine.taps import check_taps, tappable
 
     teacher = recipe.teacher
@@ -120,16 +121,23 @@ def _teacher(recipe: Recipe) -> Item:
         return Item("teacher.weights", None, f"{teacher.weights}: no such file{where}")
     built = build_classifier(teacher, teacher, field="teacher")
     check_taps(built.model, recipe.guidance)
+    if recipe.distillation.reads_maps:
+        stages_of(built, recipe.distillation, "teacher")
     found = f"{_counts(built)}, {len(tappable(built.model))} BatchNorm layers to read"
     return Item("teacher", f"{teacher.architecture} from {teacher.weights}: {found}")
 
 
 def _student(recipe: Recipe) -> Item:
+    from diffdfkd.engine.feature_stages import stages_of
+
     weights = recipe.student.weights
     if weights is not None and not Path(weights).is_file():
         return Item("student.weights", None, f"{weights}: no such file")
     start = f"begins from {weights}" if weights else "new"
-    return Item("student", f"{recipe.student.architecture}: {_counts(student(recipe))}, {start}")
+    built = student(recipe)
+    if recipe.distillation.reads_maps:
+        stages_of(built, recipe.distillation, "student")
+    return Item("student", f"{recipe.student.architecture}: {_counts(built)}, {start}")
 
 
 def student(recipe: Recipe) -> "Classifier":

@@ -103,9 +103,11 @@ def load_prior_for(recipe: Recipe, teacher: "Classifier") -> "Prior":
 def load_classifiers(recipe: Recipe) -> tuple["Classifier", "Classifier", "Images | None"]:
     """Teacher, frozen, and student, fresh, on the recipe's device; test images where the recipe names some."""
     from diffdfkd.engine.classifier import build_classifier
+    from diffdfkd.engine.feature_stages import stages_of_both
 
     teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher").to(recipe.device)
     student = build_classifier(recipe.student, recipe.teacher, field="student", seed=recipe.seed).to(recipe.device)
+    stages_of_both(teacher, student, recipe.distillation)
     return teacher, student, open_test(recipe)
 
 

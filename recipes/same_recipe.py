@@ -58,11 +58,6 @@ def _lora_digest(lora: LoraRecipe, field: str) -> str:
     return digest(find_lora(lora, field))
 
 
-def training(recipe: Recipe) -> dict[str, Any]:
-    """The fields on which the course of training depends."""
-    return recipe.distillation.model_dump(exclude={"checkpoint_every"})
-
-
 def refuse_other(
     before: Recipe,
     now: Recipe,

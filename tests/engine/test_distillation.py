@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pictures import CLASSES, Pictures
 from torch import Tensor, nn
 
 from diffdfkd.engine import checkpoint as checkpoints
@@ -25,28 +26,6 @@ from diffdfkd.engine.journal import Journal, read_journal
 from diffdfkd.kernels.kd_loss import kd_loss
 
 WORKER = Path(__file__).with_name("distillation_worker.py")
-
-CLASSES = 4
-
-
-class Pictures:
-    """Random bright quadrants with noise, held in memory."""
-
-    classes: list[str] | None = None
-
-    def __init__(self, images: int = 96, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.labels = torch.randint(0, CLASSES, (images,), generator=generator)
-        pixels = torch.rand(images, 1, 8, 8, generator=generator) * 90
-        for image, label in zip(pixels, self.labels.tolist(), strict=True):
-            image[0, 4 * (label // 2) :, 4 * (label % 2) :][:4, :4] += 120
-        self.pixels = pixels.to(torch.uint8)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def read(self, indices: Any) -> tuple[Tensor, Tensor]:
-        return self.pixels[indices], self.labels[indices]
 
 
 class Quadrants(nn.Module):

@@ -62,12 +62,12 @@ def large(classes): return plain(classes, 64)
 """
 
 
-def factory(name: str) -> Spoil:
+def factory(name: str, *overrides: str) -> Spoil:
     """A run with a student of the user's own module, which lies in the working folder."""
 
     def spoil(folder: Path, recipe: Recipe) -> Arguments:
         (folder / "my_networks.py").write_text(FACTORY)
-        return command(folder, recipe, f"student.architecture=my_networks:{name}", "student.options={}")
+        return command(folder, recipe, f"student.architecture=my_networks:{name}", "student.options={}", *overrides)
 
     return spoil
 
@@ -238,6 +238,45 @@ CASES = [
         (),
     ),
     Case("no BatchNorm to listen to", without_batchnorm, "guidance.batchnorm_weight: ", ("BatchNorm", "0")),
+    Case(
+        "class activation maps of a student without a map",
+        factory("plain", "distillation.cam_weight=1"),
+        "student.architecture: has maps of 0 resolution(s)",
+        ("distillation.student_stages", "sarc_weight to 0"),
+    ),
+    Case(
+        "stage that is no module",
+        given("distillation.sarc_weight=1", "distillation.student_stages=[features.2,features.5,features.77]"),
+        "distillation.student_stages: the network has no module features.77",
+        ("features.7",),
+    ),
+    Case(
+        "two stages",
+        given("distillation.sarc_weight=1", "distillation.teacher_stages=[features.2,features.7]"),
+        "distillation.teacher_stages: got",
+        ("at least 3 items",),
+    ),
+    Case(
+        "kept answers for class activation maps",
+        given("distillation.cam_weight=1", "distillation.teacher_logits=cached"),
+        "distillation.teacher_logits: cached, but distillation.cam_weight",
+        ("auto or computed",),
+    ),
+    Case(
+        "class activation maps of a program",
+        given(
+            *("distillation.sarc_weight=1", "teacher.architecture=torchscript", "teacher.options={}"),
+            "guidance.batchnorm_weight=0",
+        ),
+        "distillation.sarc_weight: compares feature maps, but teacher.architecture is torchscript",
+        ("package.module:factory",),
+    ),
+    Case(
+        "class activation maps under ZeRO 3",
+        given("distillation.cam_weight=1", "distillation.zero_stage=3"),
+        "distillation.cam_weight: reads the student's classifier, which distillation.zero_stage=3",
+        ("0, 1 or 2",),
+    ),
     Case(
         "network for larger images",
         factory("large"),
