@@ -60,7 +60,10 @@ def _lora_digest(lora: LoraRecipe, field: str) -> str:
 
 def training(recipe: Recipe) -> dict[str, Any]:
     """The fields on which the course of training depends."""
-    return recipe.distillation.model_dump(exclude={"checkpoint_every"})
+    return {
+        "distillation": recipe.distillation.model_dump(exclude={"checkpoint_every"}),
+        "selection": recipe.selection.model_dump(),
+    }
 
 
 def refuse_other(
@@ -92,7 +95,7 @@ def refuse_other(
             continue  # by their digests the same files, wherever they lie
         if field == "synthesis.images_per_class" and now.rounds == 1 and now_ > was:
             continue
-        if field.startswith("distillation.") and before.rounds == now.rounds == 1:
+        if field.startswith(("distillation.", "selection.")) and before.rounds == now.rounds == 1:
             if not any(folder.glob("student/*.safetensors")):
                 continue  # the images do not depend on it, and no student does yet
             raise UserError(
