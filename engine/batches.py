@@ -1,4 +1,4 @@
-"""Which images a training step sees, as a function of (seed, step, number of images) alone; and reading them.
+"""Which images a training step sees, as a function of (seed, step, number of images, weights) alone; and reading them.
 
 Nothing here has a state that a resumed run would have to restore.
 """
@@ -52,6 +52,7 @@ class Batches:
 
     Epoch after epoch of seeded permutations, laid end to end and cut into batches, so that every image is seen
     once an epoch and a batch may span two. Memory: 8 bytes an image, and a cache of decoded pixels with a bound.
+    With weights (`weigh`) an epoch has as many places as images that are kept, and an image gets them by its weight.
     """
 
     def __init__(
@@ -76,10 +77,33 @@ class Batches:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.held = held_back(len(images), holdout, seed)
         self._size = len(images) - holdout
+        self._kept: Tensor | None = None
+        self._totals: np.ndarray | None = None
         self._images, self._cache_bytes = images, cache_bytes
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         self._pixels = torch.empty(0)
         self._cached = torch.zeros(0, dtype=torch.bool)
+
+    @property
+    def images(self) -> int:
+        """How many there are, those held back included."""
+        return len(self._images)
+
+    def trained_on(self) -> Tensor:
+        """Sorted indices of the images that are not held back."""
+        return torch.from_numpy(np.setdiff1d(np.arange(self.images), self.held, assume_unique=True))
+
+    def weigh(self, weights: Tensor) -> None:
+        """Draw images by weights [images] float64 of whole numbers, 0 for one that is never drawn.
+
+        Of an epoch's n places an image of n-th share s gets s of them, rounded up or down, and s in the mean over
+        epochs. Equal weights give the permutations that there would be without them, of the images above 0. Called
+        before the first step, with weights that only depend on what a resumed run has again.
+        """
+        kept = weights.nonzero().flatten()
+        self._kept, self._size = kept, len(kept)
+        own = weights[kept].numpy()
+        self._totals = None if (own == own[0]).all() else np.cumsum(own)
 
     def indices(self, step: int) -> Tensor:
         """Images [batch_size] of the global batch, all ranks together."""
@@ -91,6 +115,8 @@ class Batches:
             parts.append(part)
             position += len(part)
         ranks = torch.cat(parts)
+        if self._kept is not None:
+            return self._kept[ranks]
         if len(self.held) == 0:
             return ranks
         # The r-th image that is not held back: r plus the number of held ones before it.
@@ -143,7 +169,18 @@ class Batches:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
             self._epoch, self._order = epoch, torch.randperm(self._size, generator=generator)
+            if self._totals is not None:
+                self._order = self._drawn(self._totals, generator)[self._order]
         return self._order
+
+    def _drawn(self, totals: np.ndarray, generator: torch.Generator) -> Tensor:
+        """Images [n] by systematic sampling: n ticks at equal distances, from a random place, on their summed weights.
+
+        Every image that weighs less than a tick's distance comes at most once, one that weighs more at least once.
+        """
+        start = torch.rand((), dtype=torch.float64, generator=generator).item()
+        ticks = (np.arange(len(totals)) + start) * (totals[-1] / len(totals))
+        return torch.from_numpy(np.searchsorted(totals, ticks, side="right").clip(max=len(totals) - 1))
 
     def _make_cache(self, example: int) -> None:
         pixels, _ = self._images.read([example])

@@ -134,6 +134,7 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
     if recipe.rounds > recipe.distillation.steps:
         yield "rounds", f"got {recipe.rounds} for {recipe.distillation.steps} distillation steps; at most one per step"
     yield from _no_image_left(recipe)
+    yield from _no_selection(recipe)
     mixing = [name for name in recipe.distillation.augmentation if name in ("cutmix", "mixup")]
     if recipe.distillation.teacher_logits == "cached" and mixing:
         yield (
@@ -212,6 +213,22 @@ def _no_maps(recipe: "Recipe") -> Iterable[tuple[str, str]]:
             field,
             "reads the student's classifier, which distillation.zero_stage=3 scatters over the processes; take "
             f"zero_stage 0, 1 or 2, or {off}",
+        )
+
+
+def _no_selection(recipe: "Recipe") -> Iterable[tuple[str, str]]:
+    selection, classes = recipe.selection, len(recipe.teacher.classes)
+    if selection.disagreement > 0 and recipe.rounds == 1:
+        yield (
+            "selection.disagreement",
+            f"got {selection.disagreement}, but with rounds=1 no student exists before the one that learns; set rounds "
+            "to 2 or more, or disagreement to 0",
+        )
+    if selection.confidence[1] < 1 / classes:
+        yield (
+            "selection.confidence",
+            f"got {list(selection.confidence)}, but of {classes} classes the likeliest has a probability of "
+            f"{1 / classes:.3g} or more; raise the highest above that",
         )
 
 

@@ -174,6 +174,15 @@ def mean_over_processes(value: Tensor, place: Place) -> float:
     return float(value)
 
 
+def from_first(value: Tensor, place: Place) -> Tensor:
+    """The first process's value, on the CPU: what others computed may differ in a last bit on another machine."""
+    if place.processes == 1:
+        return value
+    shared = value.to(place.device)
+    torch.distributed.broadcast(shared, src=0)
+    return shared.cpu()
+
+
 def average_buffers(module: nn.Module, place: Place) -> None:
     """BatchNorm's running statistics, which each process gathers from its own images, made the same everywhere."""
     if place.processes == 1:

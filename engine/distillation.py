@@ -25,6 +25,7 @@ from diffdfkd.engine.deepspeed_engine import (
     Place,
     average_buffers,
     build_engine,
+    from_first,
     gathered_weights,
     load,
     mean_over_processes,
@@ -40,6 +41,8 @@ from diffdfkd.engine.logits import Logits, Part, answers, folder_parts, keep_log
 from diffdfkd.engine.losses import ActivationLosses, activation_losses
 from diffdfkd.engine.memory import fitting
 from diffdfkd.engine.progress import progress_bar
+from diffdfkd.engine.selection import select
+from diffdfkd.engine.selection_recipe import SelectionRecipe
 from diffdfkd.engine.shards import canonical_json
 from diffdfkd.kernels.kd_loss import kd_loss
 from diffdfkd.kernels.launch import Kernel
@@ -76,6 +79,8 @@ def distill(
     until_step: int | None = None,
     data_digest: str,
     parts: Sequence[Part] | None = None,
+    selection: SelectionRecipe | None = None,
+    later_round: bool = False,
     journal: Journal,
     device: torch.device | str,
     kernel: Kernel = "auto",
@@ -87,7 +92,8 @@ def distill(
     `data_digest`, or, with other images, if it stands where `student` stands: so each round calls with the student
     that the round before left. What is decided is journalled as event ``distill_start``, the curve as ``distill``.
     `parts` are the files that the teacher's answers are kept in, where they are; by default under ``output/logits``.
-    `kernel` is the form of the loss (kernels/launch.py).
+    `selection` says which images are trained on and how often; `later_round`, that `student` comes from an earlier
+    round, so that its disagreement counts there. `kernel` is the form of the loss (kernels/launch.py).
     Raises UserError for impossible settings, a checkpoint that cannot be read and a loss that is not finite, and for
     networks whose feature maps the recipe's losses cannot read.
     """
@@ -107,7 +113,26 @@ def distill(
         # On the CPU and on any GPU the convolutions are fastest with the channels last.
         teacher.to(place.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         stages = stages_of_both(teacher, student, recipe)
-        digest = recipe_digest(recipe, student, teacher, seed)
+        digest = recipe_digest(recipe, student, teacher, seed, selection)
+        ask = partial(
+            keep_logits,
+            teacher,
+            images,
+            parts or folder_parts(Path(output) / "logits", len(images), data_digest),
+            dtype=recipe.dtype,
+            device=place.device,
+            rank=place.rank,
+            processes=place.processes,
+            journal=journal,
+            progress=progress,
+        )
+        known = None
+        if selection is not None and selection.acts(later_round):
+            known, before = ask(), student if later_round else None
+            chosen = select(selection, batches, known, before, dtype=recipe.dtype, device=place.device)
+            batches.weigh(from_first(chosen.weights, place))
+            if place.rank == 0:
+                journal.log("selection", until_step=until, **chosen.event())
         found = published(folder)
         history, continued, reason = continuation(
             found,
@@ -143,17 +168,7 @@ def distill(
             if start < until:
                 logits = None
                 if cached:
-                    logits = keep_logits(
-                        teacher,
-                        images,
-                        parts or folder_parts(Path(output) / "logits", len(images), data_digest),
-                        dtype=recipe.dtype,
-                        device=place.device,
-                        rank=place.rank,
-                        processes=place.processes,
-                        journal=journal,
-                        progress=progress,
-                    )
+                    logits = ask() if known is None else known
                 share = f"a batch of {recipe.batch_size // place.processes:,} images on the {place.device.type}"
                 with (
                     activation_losses(teacher, engine.module, stages, recipe) as maps,
@@ -190,7 +205,13 @@ def learning_rate(recipe: DistillationRecipe, step: int) -> float:
     return recipe.learning_rate
 
 
-def recipe_digest(recipe: DistillationRecipe, student: Classifier, teacher: Classifier, seed: int) -> str:
+def recipe_digest(
+    recipe: DistillationRecipe,
+    student: Classifier,
+    teacher: Classifier,
+    seed: int,
+    selection: SelectionRecipe | None = None,
+) -> str:
     """SHA-256 of what the student depends on besides the images and its own first weights."""
     content = {
         "recipe": recipe.course(),
@@ -199,6 +220,8 @@ def recipe_digest(recipe: DistillationRecipe, student: Classifier, teacher: Clas
         "teacher": state_digest(teacher.state_dict()),
         "seed": seed,
     }
+    if selection is not None and selection != SelectionRecipe():  # which goes without saying, as in older checkpoints
+        content["selection"] = selection.model_dump(mode="json")
     return hashlib.sha256(canonical_json(content)).hexdigest()
 
 

@@ -14,6 +14,7 @@ from diffdfkd.engine.distillation_recipe import DistillationRecipe
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe_file import engine_section, explain, read_recipe
 from diffdfkd.engine.recipe_section import Count, Fraction, Positive, Section, Weight
+from diffdfkd.engine.selection_recipe import SelectionRecipe
 
 Sampler = Literal["ddim", "ddpm", "euler", "dpmsolver++", "lcm"]
 
@@ -211,6 +212,7 @@ class Recipe(Section):
     cutmix: CutMixRecipe = CutMixRecipe()
     rounds: Count = 1
     """Rounds of synthesis and distillation; from the second on, guidance knows the student."""
+    selection: SelectionRecipe = SelectionRecipe()
     distillation: DistillationRecipe = DistillationRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     about: AboutRecipe = AboutRecipe()

@@ -31,6 +31,12 @@ def distill(recipe: Recipe, images: Path | None = None, *, progress: bool = True
     Returns what ``result.json`` holds; None on every rank but the first of a launch. Raises UserError as ``run`` does.
     """
     started = time.perf_counter()
+    if recipe.selection.disagreement > 0:
+        raise UserError(
+            f"selection.disagreement: got {recipe.selection.disagreement}, but `diffdfkd distill` trains in one go, "
+            "without a student of an earlier round to disagree; set it to 0, or take `diffdfkd run` with rounds=2 or "
+            "more"
+        )
     from diffdfkd.engine.distillation import distill as train
     from diffdfkd.engine.journal import Journal
 
@@ -63,6 +69,7 @@ def distill(recipe: Recipe, images: Path | None = None, *, progress: bool = True
                     seed=recipe.seed,
                     data_digest=digest,
                     parts=shard_parts(folder, 1) if images is None else None,
+                    selection=recipe.selection,
                     journal=journal,
                     device=recipe.device,
                     kernel=recipe.kernel,

@@ -171,7 +171,7 @@ def _disk(recipe: Recipe) -> tuple[str, bool]:
     images = sum(round_samples(recipe, round) for round in range(recipe.rounds))
     shards = sum(len(shard_plan(recipe, round)) for round in range(recipe.rounds))
     pixels = saved_size(recipe) ** 2 * recipe.teacher.channels
-    kept, _ = uses_cache(recipe.distillation, images)
+    kept = uses_cache(recipe.distillation, images)[0] or recipe.selection.acts(recipe.rounds > 1)
     answers = images * len(recipe.teacher.classes) * 4 if kept else 0
     synthetic = images * (pixels + 3072) + shards * 16_384 + answers
     weights = 4 * sum(tensor.numel() for tensor in student(recipe).state_dict().values())

@@ -193,6 +193,8 @@ def distil_round(
         until_step=-(-recipe.distillation.steps * (round + 1) // recipe.rounds),
         data_digest=digest,
         parts=shard_parts(folder, round + 1),
+        selection=recipe.selection,
+        later_round=round > 0,
         journal=journal,
         device=recipe.device,
         kernel=recipe.kernel,

@@ -17,7 +17,7 @@ from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
 from diffdfkd.engine.recipe_file import repeating_command
 from diffdfkd.engine.run_recipe import frozen_fault
 from diffdfkd.recipes.launch import rank, settle_machine
-from diffdfkd.recipes.same_recipe import file_digests, refuse_other
+from diffdfkd.recipes.same_recipe import file_digests, refuse_other, training
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ def _settle(recipe: Recipe, folder: Path, images: Path | None, digests: Mapping[
             )
         refuse_other(before, settled, frozen.get("digests", {}), digests, folder, source)
         grown = source is None and settled.synthesis.images_per_class > before.synthesis.images_per_class
-        mended = settled.distillation.course() != before.distillation.course()
+        mended = training(settled) != training(before)
     return RunFolder(settled, folder, digests, source, grown, mended)
 
 

@@ -58,6 +58,11 @@ def _lora_digest(lora: LoraRecipe, field: str) -> str:
     return digest(find_lora(lora, field))
 
 
+def training(recipe: Recipe) -> dict[str, Any]:
+    """The fields on which the course of training depends."""
+    return {"distillation": recipe.distillation.course(), "selection": recipe.selection.model_dump()}
+
+
 def refuse_other(
     before: Recipe,
     now: Recipe,
@@ -87,7 +92,7 @@ def refuse_other(
             continue  # by their digests the same files, wherever they lie
         if field == "synthesis.images_per_class" and now.rounds == 1 and now_ > was:
             continue
-        if field.startswith("distillation.") and before.rounds == now.rounds == 1:
+        if field.startswith(("distillation.", "selection.")) and before.rounds == now.rounds == 1:
             if not any(folder.glob("student/*.safetensors")):
                 continue  # the images do not depend on it, and no student does yet
             raise UserError(

@@ -96,3 +96,43 @@ def test_images_of_two_sizes_are_refused() -> None:
     with pytest.raises(UserError, match="one size"):
         for step in range(20):
             batches.read(step)
+
+
+def drawn_by_weight(images: int, weights: Tensor, batch: int = 10, **options: int) -> Batches:
+    batches = Batches(Numbered(images), batch, seed=5, **options)
+    batches.weigh(weights)
+    return batches
+
+
+@pytest.mark.parametrize("holdout", [0, 9])
+def test_equal_weights_draw_what_no_weights_draw(holdout: int) -> None:
+    plain = Batches(Numbered(50), 8, seed=5, holdout=holdout)
+    weights = torch.zeros(50, dtype=torch.float64)
+    weights[plain.trained_on()] = 2**20
+    weighted = drawn_by_weight(50, weights, 8, holdout=holdout)
+    assert all(torch.equal(plain.indices(step), weighted.indices(step)) for step in range(20))
+
+
+def test_an_image_comes_as_often_as_its_weight_says_and_a_dropped_one_never() -> None:
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randint(1, 4 * 2**20, (40,), generator=generator).double()
+    weights[::4] = 0
+    batches = drawn_by_weight(40, weights)
+    epochs = torch.cat([batches.indices(step) for step in range(1200)]).view(-1, 30)  # of the 30 images above 0
+    counts = torch.stack([torch.bincount(epoch, minlength=40) for epoch in epochs])
+    expected = 30 * weights / weights.sum()
+    assert ((counts - expected).abs() < 1).all() and not counts[:, ::4].any()
+    # The mean over 400 epochs of a count that is rounded up or down at random: a deviation of at most 0.025.
+    assert (counts.double().mean(0) - expected).abs().max() < 0.1
+    assert not torch.equal(epochs[0].sort().values, epochs[0])
+
+
+def test_the_draw_by_weight_has_no_state() -> None:
+    weights = torch.arange(1, 41, dtype=torch.float64)
+    forward, backward = drawn_by_weight(40, weights), drawn_by_weight(40, weights)
+    there = [forward.indices(step) for step in range(20)]
+    back = [backward.indices(step) for step in reversed(range(20))]
+    assert all(torch.equal(a, b) for a, b in zip(there, reversed(back), strict=True))
+    shares = [drawn_by_weight(40, weights, rank=rank, world_size=2).share(7) for rank in range(2)]
+    assert torch.equal(there[7], torch.cat(shares))
+    assert not torch.equal(there[0], drawn_by_weight(40, weights.flip(0)).indices(0))

@@ -139,6 +139,7 @@ OTHER_RECIPE = [
     ),
     Case("fewer images", given("synthesis.images_per_class=1"), "synthesis.images_per_class: ", ANOTHER),
     Case("more rounds", given("rounds=2"), "rounds: ", ANOTHER),
+    Case("other selection", given("selection.balance=1"), "selection.balance: ", ("holds a student", "--images")),
     Case("other training", given("distillation.steps=5"), "distillation.steps: ", ("holds a student", "--images")),
     Case("another teacher", other_teacher, "teacher.weights: the files at {folder}/teacher.safetensors", ("another",)),
     Case("another prior", other_prior, "prior.path: the files at {folder}/prior", ("another output folder",)),

@@ -13,8 +13,9 @@ from bad_input_cases import Call, Case, command, content, copy_run
 from bad_network_cases import CASES as NETWORKS
 from bad_prior_cases import CASES as PRIORS
 from bad_run_cases import CASES as RUNS
+from bad_selection_cases import CASES as SELECTIONS
 
-CASES = [*TYPED, *PRIORS, *NETWORKS, *IMAGES, *EXTRAS, *ENGINES, *RUNS]
+CASES = [*TYPED, *PRIORS, *NETWORKS, *IMAGES, *EXTRAS, *ENGINES, *SELECTIONS, *RUNS]
 JOURNAL = "run/metrics.jsonl"
 
 
