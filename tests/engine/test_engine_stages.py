@@ -97,7 +97,7 @@ def eager_chain(
     chain = guidance_chain(decode_stage(prior), teacher, taps, weights, student, kernel="reference")
 
     def made(*inputs: Tensor) -> Any:
-        return chain(*inputs[:3])
+        return chain(*inputs[:4])
 
     return made
 
@@ -324,9 +324,9 @@ def test_networks_of_other_kinds(prior: Prior) -> None:
     student = classifier(3, seed=5)
     student.model = ARCHITECTURES["mobilenet_v2"](channels=3, classes=len(CLASSES)).eval().requires_grad_(False)
     stage = prior_stage("chain", prior, BATCHES, teacher=teacher, student=student, weights=ADVERSARIAL)
-    inputs = (*stage.examples(6, 0)[:3], *student_weights(student).values())
+    inputs = (*stage.examples(6, 0)[:4], *student_weights(student).values())
     agree(stage, eager_chain(prior, teacher, student, ADVERSARIAL)(*inputs), inputs, 1e-5)
-    moved = [value + 0.1 * torch.rand_like(value) for value in inputs[3:]]
+    moved = [value + 0.1 * torch.rand_like(value) for value in inputs[4:]]
     names = list(student_weights(student))
     student.model.load_state_dict({**student.model.state_dict(), **dict(zip(names, moved, strict=True))})
-    agree(stage, eager_chain(prior, teacher, student, ADVERSARIAL)(*inputs), (*inputs[:3], *moved), 1e-5)
+    agree(stage, eager_chain(prior, teacher, student, ADVERSARIAL)(*inputs), (*inputs[:4], *moved), 1e-5)

@@ -273,6 +273,7 @@ def check_ports(ports, tensors):
 def test_chain_keeps_to_its_specification(decoder, teacher):
     given = batch(4, torch.float32)
     specification = chain_specification(LATENT, 4, CLASSES)
+    given = (*given, torch.tensor([1.0, 0.0, 0.0]))
     check_ports(specification.inputs, given)
     chain = guidance_chain(decoder.float(), teacher.float(), None, GuidanceRecipe(batchnorm_weight=0.0))
     check_ports(specification.outputs, chain(*given))
