@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffdfkd.engine.combinations import guided_steps
 from diffdfkd.engine.cutmix import CutMixPlan
+from diffdfkd.engine.guidance_schedule import GuidanceSchedule
 from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.sampler import Kind, Loop, Trajectory
 from diffdfkd.engine.schedule import Table
@@ -70,7 +71,8 @@ class CapturedSampler:
         # Plans are checked where they are made.
         mixes = {False: None, True: Mix(self.partners, self.boxes, checked=True)}
         shared = (unet, self.context, self.rows, self.step, scales, self.next_input, draw)
-        self.loops = {mixed: Loop(*shared, mix, self.frozen, guidance, kernel) for mixed, mix in mixes.items()}
+        followed = (guidance, GuidanceSchedule.of(guidance, self.guided, device))
+        self.loops = {mixed: Loop(*shared, mix, self.frozen, *followed, kernel) for mixed, mix in mixes.items()}
         self.replays: dict[tuple[Kind, bool, bool], Callable[[], None]] = {}
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from diffdfkd.engine.class_names import plain
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.windows import acting_steps, window_steps
 
 if TYPE_CHECKING:
     from diffdfkd.engine.recipe import GuidanceRecipe, Recipe
@@ -25,21 +26,19 @@ PROGRAMS = ("exported", "torchscript")
 
 
 def guided_steps(guidance: "GuidanceRecipe", steps: int) -> list[bool]:
-    """Per step, whether it is guided: each ``every``-th of those that begin inside the window.
+    """Per step, whether it is guided: each ``every``-th of those that begin inside the window, where a term acts.
 
-    Raises UserError where guidance is on but the window holds the beginning of no step.
+    Raises UserError where guidance is on but the window, or that of a term, holds the beginning of no step.
     """
     if guidance.mode == "none":
         return [False] * steps
-    # Rounded, so that 0.07 of 100 steps is 7.
-    start, end = (round(edge * steps, 9) for edge in guidance.window)
-    inside = [step for step in range(steps) if start <= step < end]
+    inside = window_steps(guidance.window, steps)
     if not inside:
         raise UserError(
             f"guidance.window: {list(guidance.window)} holds none of the {steps} steps, which begin at multiples of "
             f"{1 / steps:.3g}; widen it, or set guidance.mode=none"
         )
-    chosen = set(inside[:: guidance.every])
+    chosen = acting_steps(guidance, inside[:: guidance.every], steps)
     return [step in chosen for step in range(steps)]
 
 
@@ -103,12 +102,19 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
                 "class_weight and batchnorm_weight are 0, so nothing guides the first round, which has no student; "
                 "set one of them above 0",
             )
+        if guidance.statistics == "class" and guidance.batchnorm_weight == 0:
+            yield (
+                "guidance.statistics",
+                "class, but guidance.batchnorm_weight is 0: there is no L_bn; raise it, or take batch",
+            )
         if guidance.adversarial_weight > 0 and recipe.rounds == 1:
             yield (
                 "guidance.adversarial_weight",
                 f"got {guidance.adversarial_weight}, but with rounds=1 no student exists during synthesis; "
                 "set rounds to 2 or more, or the weight to 0",
             )
+    if guidance.micro_batch is not None:
+        yield from _no_micro_batch(recipe, guidance.micro_batch)
     if cutmix.every and cutmix.probability == 0:
         yield "cutmix.probability", "got 0, so that nothing would ever be mixed; raise it, or set cutmix.every=0"
     if cutmix.every and synthesis.batch_size < 2:
@@ -151,6 +157,35 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
         )
     if recipe.evaluation.labels and not recipe.evaluation.images:
         yield "evaluation.labels", "given without evaluation.images; give both, or a folder with one sub-folder a class"
+
+
+def _no_micro_batch(recipe: "Recipe", size: int) -> Iterable[tuple[str, str]]:
+    engine, field = recipe.engine, "guidance.micro_batch"
+    if recipe.guidance.mode != "clean":
+        yield (
+            field,
+            f"got {size}, but guidance.mode is {recipe.guidance.mode}: two passes are for mode clean alone; leave it "
+            "out, or set guidance.mode=clean",
+        )
+    if size >= recipe.synthesis.batch_size:
+        yield (
+            field,
+            f"got {size}, but a batch has {recipe.synthesis.batch_size} images; raise synthesis.batch_size, or leave "
+            "it out",
+        )
+    for stage in ("unet", "chain"):
+        if (named := getattr(engine, stage)) not in ("auto", "eager"):
+            yield (
+                field,
+                f"got {size}, but engine.{stage} is {named}, which takes whole batches; give engine.{stage}=eager, or "
+                "leave it out",
+            )
+    if engine.precision not in (None, recipe.prior.dtype):
+        yield (
+            field,
+            f"got {size}, but engine.precision is {engine.precision}, which engines alone compute in; give prior.dtype "
+            "instead, or leave it out",
+        )
 
 
 def round_samples(recipe: "Recipe", round: int) -> int:

@@ -21,11 +21,12 @@ from diffdfkd.engine.backends.unet_attention import use_attention
 from diffdfkd.engine.captured import CapturedSampler
 from diffdfkd.engine.cutmix import CutMixPlan
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.micro_batches import micro_batched_chain, unet_in_parts
 from diffdfkd.engine.runner import Runner
 from diffdfkd.engine.sampler import Trajectory, sample
 from diffdfkd.engine.schedule import make_table
 from diffdfkd.engine.stages import Chain, UNet, guidance_chain, unet_stage
-from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.engine.taps import BatchNormTaps, guidance_taps
 
 
 class Denoiser:
@@ -62,6 +63,8 @@ class Denoiser:
                     self.vjp = EngineVjp(self._open(subject, "vjp"))
             if guidance.mode != "none":
                 self.chain = self._chain(subject, decode)
+            if guidance.micro_batch is not None:
+                self.unet = unet_in_parts(self.unet, guidance.micro_batch * (2 if subject.doubled else 1))
         except BaseException:
             self.close()
             raise
@@ -70,9 +73,13 @@ class Denoiser:
         recipe, student = self.recipe, subject.student
         if not serves_itself(recipe, recipe.engine.chain):
             return EngineChain(self._open(subject, "chain"), student)
-        if recipe.guidance.batchnorm_weight > 0:
-            self._taps = BatchNormTaps(subject.teacher.model)
-        return guidance_chain(decode, subject.teacher, self._taps, recipe.guidance, student, kernel=recipe.kernel)
+        guidance = recipe.guidance
+        if guidance.batchnorm_weight > 0:
+            self._taps = guidance_taps(subject.teacher.model, guidance)
+        given = (decode, subject.teacher, self._taps, guidance, student)
+        if guidance.micro_batch is not None:
+            return micro_batched_chain(*given, size=guidance.micro_batch, kernel=recipe.kernel)
+        return guidance_chain(*given, kernel=recipe.kernel)
 
     def _open(self, subject: Subject, stage: str) -> Runner:
         engine = backend_of(self.recipe, stage)

@@ -19,6 +19,7 @@ from diffdfkd.engine.example_student import acting_weights
 from diffdfkd.engine.plan import lasting, weights_digest
 from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.recipe import GuidanceRecipe
+from diffdfkd.engine.runner import NoEngine
 from diffdfkd.engine.specification import Port, Specification
 from diffdfkd.engine.stage_networks import Answering, Lowered, decoder, in_precision, student_weights
 from diffdfkd.engine.stages import (
@@ -28,10 +29,12 @@ from diffdfkd.engine.stages import (
     guidance_embedding,
     unet_specification,
 )
-from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.engine.taps import guidance_taps
 from diffdfkd.kernels.launch import at_least_float32
 from diffdfkd.kernels.philox import EXAMPLES, philox_normal, philox_uniform
 
+SHARES = ((1.0, 1.0, 1.0), (0.5, 2.0, 1.0), (1.0, 0.5, 2.0))
+"""Of the recipe's weights of class, BatchNorm and adversarial loss, in the examples of a chain."""
 StageName = Literal["unet", "chain", "vjp", "decoder"]
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -188,11 +191,14 @@ def chain_engine_stage(
     precision: torch.dtype,
     student: Classifier | None = None,
 ) -> Stage:
-    """The guidance chain: (x0, targets, alive) -> (gradient, norm, finite, losses), its gradient traced into it.
+    """The guidance chain: (x0, targets, alive, shares) -> (gradient, norm, finite, losses), its gradient within.
 
-    With a student its weights are inputs of the graph, by the names of `student_weights`: a new snapshot of the
-    student needs no new engine, and its values enter no digest.
+    Which terms there are ``weights`` says; what each weighs is an input, ``shares`` [3]. With a student its weights are
+    inputs as well, by the names of `student_weights`: a new snapshot needs no new engine, and its values enter no
+    digest. Raises NoEngine for a chain in micro-batches.
     """
+    if weights.micro_batch is not None:
+        raise NoEngine("chain: guidance.micro_batch splits the batch, which one engine does not", lasting=True)
     classes = len(teacher.classes)
     plain = chain_specification(prior.latent_shape, batches.usual, classes)
     given = student_weights(student) if student is not None and weights.adversarial_weight > 0 else {}
@@ -201,23 +207,21 @@ def chain_engine_stage(
         for index, value in enumerate(given.values())
     )
     specification = Specification("chain", (*plain.inputs, *ports), plain.outputs, batches.least, batches.most)
-    terms = {
-        "class_weight": weights.class_weight,
-        "batchnorm_weight": weights.batchnorm_weight,
-        "adversarial_weight": weights.adversarial_weight if given else 0.0,
-    }
+    # What is a constant of the graph; of a term that is left out nothing.
+    listening = weights.batchnorm_weight > 0
+    terms = [weights.layers, weights.layer_weights, weights.statistics] if listening else None
 
     def made(dtype: torch.dtype) -> Function:
         pupil = Answering(student, dtype, list(given)) if given and student is not None else None
         master = Lowered(teacher, dtype)
         # The hooks stay for as long as the copy that they sit on.
-        taps = BatchNormTaps(master.model, teacher.model) if weights.batchnorm_weight > 0 else None
+        taps = guidance_taps(master.model, weights, teacher.model) if listening else None
         chain = guidance_chain(decoder(prior, dtype), master, taps, weights, pupil, kernel="reference")
 
-        def function(x0: Tensor, targets: Tensor, alive: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        def function(x0: Tensor, targets: Tensor, alive: Tensor, shares: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
             if pupil is not None:
                 pupil.given = dict(zip(given, values, strict=True))
-            return tuple(chain(x0, targets, alive))
+            return tuple(chain(x0, targets, alive, shares))
 
         return function
 
@@ -229,7 +233,11 @@ def chain_engine_stage(
         targets[1::3] = 0.7 * targets[1::3] + 0.3 * targets.roll(1, 0)[1::3]
         alive = torch.ones(rows, dtype=torch.bool, device=x0.device)
         alive[4::7] = False
-        return x0, targets, alive, *shown()
+        # The recipe's weights, and others: they may change from step to step, and from run to run.
+        shares = torch.tensor(
+            [weights.class_weight or 1.0, weights.batchnorm_weight, weights.adversarial_weight], device=x0.device
+        )
+        return x0, targets, alive, shares * torch.tensor(SHARES[seed % len(SHARES)], device=x0.device), *shown()
 
     @functools.cache
     def shown() -> tuple[Tensor, ...]:

@@ -12,12 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from diffdfkd.engine.combinations import round_samples
-from diffdfkd.engine.recipe import Recipe, dump_recipe
+from diffdfkd.engine.recipe import GuidanceRecipe, Recipe, dump_recipe
 from diffdfkd.engine.shards import canonical_json
 from diffdfkd.kernels.philox import LABELS, philox_uniform
 
 SAMPLES_PER_ROUND = 2**40
 """Distance between the first sample ids of two rounds, so that rounds may grow without renumbering."""
+
+YOUNGER = (
+    *("rho_schedule", "class_window", "batchnorm_window", "adversarial_window"),
+    *("layers", "layer_weights", "statistics", "micro_batch"),
+)
+"""Fields of guidance that shards may be older than: they go without saying where they have their defaults."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,9 @@ def synthesis_choices(
     content["synthesis"].pop("images_per_class")
     for field in ("weights", "metadata", "crop_fraction", "licence"):
         content["teacher"].pop(field)
+    for field in YOUNGER:
+        if getattr(recipe.guidance, field) == GuidanceRecipe.model_fields[field].default:
+            content["guidance"].pop(field)
     choices = {
         f"{section}.{field}": value
         for section in ("teacher", "synthesis", "guidance", "cutmix")

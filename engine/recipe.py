@@ -13,7 +13,7 @@ from diffdfkd.engine.combinations import impossible
 from diffdfkd.engine.distillation_recipe import DistillationRecipe
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe_file import engine_section, explain, read_recipe
-from diffdfkd.engine.recipe_section import Count, Fraction, Positive, Section, Weight
+from diffdfkd.engine.recipe_section import Count, Fraction, Positive, Section, Weight, Window
 from diffdfkd.engine.selection_recipe import SelectionRecipe
 
 Sampler = Literal["ddim", "ddpm", "euler", "dpmsolver++", "lcm"]
@@ -141,19 +141,38 @@ class GuidanceRecipe(Section):
     rho: Weight = 0.15
     """Size of the guidance step, in the unit of ``rho_rule``."""
     rho_rule: Literal["raw", "unit", "cfg"] = "unit"
-    window: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.0, 1.0)
+    rho_schedule: Literal["constant", "falling", "rising"] = "constant"
+    """How ``rho`` runs over the guided steps, linearly and with ``rho`` as its mean: docs/method.md, 'Statistics and
+    schedules'."""
+    window: Window = (0.0, 1.0)
     """First and last guided part of the trajectory, as fractions of its steps; 0 is pure noise."""
     every: Count = 1
     """Guide each n-th step of the window."""
+    class_window: Window = (0.0, 1.0)
+    """Part of the trajectory, as ``window``, in which the class loss has its weight; elsewhere it has none."""
+    batchnorm_window: Window = (0.0, 1.0)
+    """The same of the BatchNorm loss."""
+    adversarial_window: Window = (0.0, 1.0)
+    """The same of the adversarial loss."""
+    layers: Literal["all"] | list[Annotated[str, Field(min_length=1)]] = "all"
+    """BatchNorm layers that L_bn is taken over: names in the teacher's network, or patterns such as ``layer4.*``."""
+    layer_weights: Literal["equal", "relative"] | list[Positive] = "equal"
+    """What each layer counts in L_bn; ``relative``: its distances divided by the norms of its own running mean and
+    variance, so that no layer leads by its scale; or a number for each layer, in the order of the network."""
+    statistics: Literal["batch", "class"] = "batch"
+    """What L_bn compares with the running statistics: the whole batch, or each class's samples by themselves."""
+    micro_batch: Count | None = None
+    """Images that the networks see at once, whatever ``synthesis.batch_size``: L_bn is still that of the whole batch,
+    exactly, for one more forward through decoder and teacher. Mode ``clean`` alone."""
 
-    @field_validator("window", mode="before")
+    @field_validator("window", "class_window", "batchnorm_window", "adversarial_window", mode="before")
     @classmethod
     def _two(cls, window: Any) -> Any:
         if isinstance(window, Sequence) and len(window) != 2:
             raise ValueError("a window is its start and its end, as in [0.0, 0.8]")
         return window
 
-    @field_validator("window")
+    @field_validator("window", "class_window", "batchnorm_window", "adversarial_window")
     @classmethod
     def _ordered(cls, window: tuple[float, float]) -> tuple[float, float]:
         if window[0] >= window[1]:

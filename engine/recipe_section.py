@@ -8,6 +8,7 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Window = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
 
 
 class Section(BaseModel):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffdfkd.engine.combinations import guided_steps
 from diffdfkd.engine.cutmix import CutMixPlan
+from diffdfkd.engine.guidance_schedule import GuidanceSchedule
 from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.schedule import Table
 from diffdfkd.engine.stages import BufferedUNet, Chain, Gradient, UNet, Vjp, dense, finite
@@ -64,14 +65,19 @@ class Loop:
     mix: Mix | None
     frozen: Tensor
     guidance: GuidanceRecipe
+    schedule: GuidanceSchedule
     kernel: Kernel
 
     def predict(self, z: Tensor, output: Tensor) -> Prediction:
         return predict(z, output, self.rows, self.step, self.scales, kernel=self.kernel)
 
-    def steering(self, found: Gradient) -> Guidance:
+    def ask(self, chain: Chain, prediction: Prediction, target: Tensor, alive: Tensor) -> Gradient:
+        return chain(prediction.x0, target, alive, self.schedule.weights_at(self.step))
+
+    def steering(self, found: Gradient, factor: float = 1.0) -> Guidance:
+        """How the gradient is followed, with ``factor`` times the recipe's rho."""
         guidance = self.guidance
-        return Guidance(found.gradient, found.norm, found.finite, self.scales, guidance.rho_rule, guidance.rho)
+        return Guidance(found.gradient, found.norm, found.finite, self.scales, guidance.rho_rule, factor * guidance.rho)
 
     def advance(
         self,
@@ -106,8 +112,10 @@ class Loop:
         prediction = self.predict(z, output)
         if chain is None:
             return self.advance(kind, z, prediction, previous_x0, alive, None), None
-        gradient = chain(prediction.x0, target, alive)
-        return self.advance(kind, z, prediction, previous_x0, alive, self.steering(gradient)), gradient.losses
+        found = self.ask(chain, prediction, target, alive)
+        # The device knows which step it is, and what rho is there; Python knows it not in a recorded step.
+        steering = self.steering(found._replace(gradient=self.schedule.followed(found.gradient, self.step)))
+        return self.advance(kind, z, prediction, previous_x0, alive, steering), found.losses
 
 
 @torch.no_grad()
@@ -164,7 +172,8 @@ def sample(
     frozen = torch.zeros(table.steps, dtype=torch.int32, device=device)
     unguided = torch.full((4,), torch.nan, device=device)
     losses = []
-    loop = Loop(unet, context, rows, step, scales, next_input, draw, mix, frozen, guidance, kernel)
+    schedule = GuidanceSchedule.of(guidance, guided, device)
+    loop = Loop(unet, context, rows, step, scales, next_input, draw, mix, frozen, guidance, schedule, kernel)
 
     for index in range(table.steps):
         last = index + 1 == table.steps
@@ -178,7 +187,7 @@ def sample(
             leaf = inputs.detach().requires_grad_(vjp is None)
             output = unet(leaf, next_input.timestep, context)
         prediction = loop.predict(z, output.detach())
-        gradient = steers(prediction.x0, targets[index], alive)
+        gradient = loop.ask(steers, prediction, targets[index], alive)
         losses.append(gradient.losses)
         # What guidance scale and prediction type make of it is left to `move`: the product is linear in it.
         cotangent = gradient.gradient.repeat(2, 1, 1, 1) if doubled else gradient.gradient
@@ -192,7 +201,7 @@ def sample(
             rows,
             step,
             alive,
-            loop.steering(gradient),
+            loop.steering(gradient, schedule.factors[index]),
             dense(by_inputs),
             inputs=inputs if guidance.mode == "exact" else None,
             kernel=kernel,

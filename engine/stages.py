@@ -18,6 +18,7 @@ from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.specification import Port, Specification
 from diffdfkd.engine.taps import BatchNormTaps
 from diffdfkd.kernels.batchnorm_loss import batchnorm_loss
+from diffdfkd.kernels.class_statistics import class_batchnorm_loss
 from diffdfkd.kernels.kd_loss import adversarial_loss
 from diffdfkd.kernels.launch import Kernel, at_least_float32
 
@@ -59,7 +60,9 @@ class Vjp(Protocol):
 
 
 class Chain(Protocol):
-    def __call__(self, x0: Tensor, targets: Tensor, alive: Tensor) -> Gradient: ...
+    def __call__(self, x0: Tensor, targets: Tensor, alive: Tensor, weights: Tensor) -> Gradient:
+        """``weights`` [3] are those of class, BatchNorm and adversarial loss; a term that the chain lacks is passed."""
+        ...
 
 
 def unet_stage(prior: Prior, dtype: torch.dtype = torch.float32, guidance_scale: float = 1.0) -> UNet:
@@ -109,76 +112,129 @@ def decode_stage(prior: Prior, dtype: torch.dtype = torch.float32) -> Callable[[
     return decode
 
 
-def guidance_chain(
-    decode: Callable[[Tensor], Tensor],
-    teacher: nn.Module,
-    taps: BatchNormTaps | None,
-    weights: GuidanceRecipe,
-    student: nn.Module | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    kernel: Kernel = "auto",
-) -> Chain:
-    """x0 [B, c, h, w], targets [B, K], alive [B] -> the gradient of n L with respect to x0.
+class Answers(NamedTuple):
+    """What the networks make of a batch of latents."""
 
-    The gradient is that of n L, n the number of samples that count, so that its size does not depend on the batch.
-    A sample that is not alive, or whose latent, image or logits are not finite, gets weight 0 in every loss term, and
-    gradient 0. ``taps`` sit on ``teacher``; None without BatchNorm guidance. ``dtype`` is the arithmetic of the
-    networks; moments and losses are float32. ``kernel`` is the form of L_bn and L_adv (kernels/launch.py). Raises
-    UserError when no term with a weight is left.
-    """
+    logits: Tensor
+    """[B, K] float32 or wider, the teacher's."""
+    replies: Tensor
+    """The same of the student; without one the teacher's again."""
+    counts: Tensor
+    """[B] bool: of those that did, which still count, since image and logits are finite."""
+
+
+class Terms(NamedTuple):
+    """The loss terms of a chain, as far as they take part."""
+
+    taps: BatchNormTaps | None
+    """On the teacher; read and reported, and guiding where ``batchnorm``."""
+    batchnorm: bool
+    opponent: nn.Module | None
+    """The student, where its term has a weight."""
+    weights: tuple[float, float, float]
+    """The recipe's, of class, BatchNorm and adversarial loss."""
+
+
+def chain_terms(
+    teacher: nn.Module, taps: BatchNormTaps | None, guidance: GuidanceRecipe, student: nn.Module | None
+) -> Terms:
+    """Terms that have a weight and what they need. Raises UserError when none is left."""
     for network in (teacher, student):
         if network is not None and network.training:
             raise ValueError("teacher and student must be in eval mode, or a batch changes their statistics")
-    opponent = student if weights.adversarial_weight > 0 else None
-    use_batchnorm = taps is not None and weights.batchnorm_weight > 0
-    if not (weights.class_weight > 0 or use_batchnorm or opponent):
+    opponent = student if guidance.adversarial_weight > 0 else None
+    use_batchnorm = taps is not None and guidance.batchnorm_weight > 0
+    if not (guidance.class_weight > 0 or use_batchnorm or opponent):
         raise UserError(
             "guidance: no student exists yet and all other terms have weight 0; "
             "set guidance.class_weight or guidance.batchnorm_weight above 0"
         )
+    weights = (guidance.class_weight, guidance.batchnorm_weight, guidance.adversarial_weight)
+    return Terms(taps, use_batchnorm, opponent, weights)
 
-    def chain(x0: Tensor, targets: Tensor, alive: Tensor) -> Gradient:
-        counts = alive & finite(x0)
-        leaf = _where(counts, x0.detach(), 0).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+def answers(
+    decode: Callable[[Tensor], Tensor],
+    teacher: nn.Module,
+    opponent: nn.Module | None,
+    latents: Tensor,
+    counts: Tensor,
+    dtype: torch.dtype,
+) -> Answers:
+    """Latents [B, c, h, w] decoded and shown to teacher and student, networks in ``dtype``."""
+    with arithmetic(latents.device, dtype):
+        images = at_least_float32(decode(latents))
+        counts = counts & finite(images)
+        logits = at_least_float32(teacher(images)).contiguous()
+        replies = at_least_float32(opponent(images)).contiguous() if opponent else logits
+    return Answers(logits, replies, counts & finite(logits) & finite(replies))
+
+
+def guidance_chain(
+    decode: Callable[[Tensor], Tensor],
+    teacher: nn.Module,
+    taps: BatchNormTaps | None,
+    guidance: GuidanceRecipe,
+    student: nn.Module | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    kernel: Kernel = "auto",
+) -> Callable[..., Gradient]:
+    """A `Chain`: x0 [B, c, h, w], targets [B, K], alive [B], weights -> the gradient of n L with respect to x0.
+
+    The gradient is that of n L, n the number of samples that count, so that its size does not depend on the batch.
+    A sample that is not alive, or whose latent, image or logits are not finite, gets weight 0 in every loss term, and
+    gradient 0. ``taps`` sit on ``teacher``; None without BatchNorm guidance. ``dtype`` is the arithmetic of the
+    networks; moments and losses are float32. ``kernel`` is the form of L_bn and L_adv (kernels/launch.py). Which terms
+    there are is the recipe's to say; their weights [3] come with each call, by default the recipe's. Raises UserError
+    when no term with a weight is left.
+    """
+    terms = chain_terms(teacher, taps, guidance, student)
+    class_by_class = guidance.statistics == "class"
+
+    def chain(x0: Tensor, targets: Tensor, alive: Tensor, weights: Tensor | None = None) -> Gradient:
+        shares = terms.weights if weights is None else weights.unbind()
+        leaf, counts = usable_latents(x0, alive)
+        leaf.requires_grad_()
         with torch.enable_grad():
-            with arithmetic(leaf.device, dtype):
-                images = at_least_float32(decode(leaf))
-                counts = counts & finite(images)
-                logits = at_least_float32(teacher(images)).contiguous()
-                replies = at_least_float32(opponent(images)).contiguous() if opponent else logits
-            counts = counts & finite(logits) & finite(replies)
+            logits, replies, counts = answers(decode, teacher, terms.opponent, leaf, counts, dtype)
             zero = logits.new_zeros(())
             by_class = class_loss(logits, targets, counts)
             by_statistics = zero
             if taps is not None:
-                with torch.set_grad_enabled(use_batchnorm):
-                    by_statistics = batchnorm_loss(
-                        [dense(activation) for activation in taps.inputs],
-                        taps.running_means,
-                        taps.running_variances,
-                        counts,
-                        kernel=kernel,
-                    )
-            by_student = adversarial_loss(replies, logits, counts, kernel=kernel) if opponent else zero
-            total = (
-                weights.class_weight * by_class
-                + weights.batchnorm_weight * by_statistics
-                + weights.adversarial_weight * by_student
-            )
+                inputs = [dense(activation) for activation in taps.inputs]
+                running = (taps.running_means, taps.running_variances)
+                with torch.set_grad_enabled(terms.batchnorm):
+                    if class_by_class:
+                        by_statistics = class_batchnorm_loss(inputs, *running, counts, targets, taps.factors)
+                    else:
+                        by_statistics = batchnorm_loss(inputs, *running, counts, taps.factors, kernel=kernel)
+            by_student = adversarial_loss(replies, logits, counts, kernel=kernel) if terms.opponent else zero
+            total = shares[0] * by_class + shares[1] * by_statistics + shares[2] * by_student
             (gradient,) = torch.autograd.grad(total * counts.sum(), leaf)
         if taps is not None:
             taps.clear()
-        norm = torch.linalg.vector_norm(gradient, dim=(1, 2, 3))
-        usable = counts & torch.isfinite(norm)
-        return Gradient(
-            gradient=dense(_where(usable, gradient, 0)),
-            norm=torch.where(usable, norm, 0),
-            finite=usable,
-            losses=torch.stack([total, by_class, by_statistics, by_student]).detach(),
-        )
+        return found(gradient, counts, torch.stack([total, by_class, by_statistics, by_student]))
 
     return chain
+
+
+def usable_latents(x0: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents that networks may see, 0 where not finite, as they take them; and [B] who counts."""
+    counts = alive & finite(x0)
+    return _where(counts, x0.detach(), 0).contiguous(memory_format=torch.channels_last), counts
+
+
+def found(gradient: Tensor, counts: Tensor, losses: Tensor) -> Gradient:
+    """What a chain returns of the gradient [B, c, h, w], of those that count [B] and of the losses [4]."""
+    norm = torch.linalg.vector_norm(gradient, dim=(1, 2, 3))
+    usable = counts & torch.isfinite(norm)
+    return Gradient(
+        gradient=dense(_where(usable, gradient, 0)),
+        norm=torch.where(usable, norm, 0),
+        finite=usable,
+        losses=losses.detach(),
+    )
 
 
 def unet_specification(latent_shape: tuple[int, int, int], rows: int, tokens: int, width: int) -> Specification:
@@ -204,6 +260,7 @@ def chain_specification(latent_shape: tuple[int, int, int], batch: int, classes:
             Port("x0", latents, torch.float32),
             Port("targets", (batch, classes), torch.float32),
             Port("alive", (batch,), torch.bool),
+            Port("weights", (3,), torch.float32, batched=False),
         ),
         outputs=(
             Port("gradient", latents, torch.float32),

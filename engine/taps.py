@@ -1,6 +1,8 @@
 """What a classifier's BatchNorm layers see and what they remember: the two sides of the inversion loss L_bn."""
 
 import logging
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.programs import Program
+from diffdfkd.kernels.launch import at_least_float32
 
 if TYPE_CHECKING:
     from diffdfkd.engine.recipe import GuidanceRecipe
@@ -60,29 +63,93 @@ def check_taps(model: nn.Module, guidance: "GuidanceRecipe") -> None:
     if guidance.mode == "none":
         return
     if guidance.batchnorm_weight > 0:
-        BatchNormTaps(model).remove()
+        guidance_taps(model, guidance).remove()
     elif not tappable(model):
         log.warning("%s", CLASS_LOSS_ALONE)
+
+
+def guidance_taps(model: nn.Module, guidance: "GuidanceRecipe", remembered: nn.Module | None = None) -> "BatchNormTaps":
+    """Taps on the layers that the recipe names, with its weights of them."""
+    return BatchNormTaps(model, remembered, layers=guidance.layers, layer_weights=guidance.layer_weights)
+
+
+def chosen_layers(model: nn.Module, layers: str | Sequence[str]) -> dict[str, _BatchNorm]:
+    """Tappable layers that names or patterns match, or ``all``, by name and in the order of their definition.
+
+    Raises UserError where the model has none, and for a name or pattern that matches none.
+    """
+    found = tappable(model)
+    if not found:
+        raise UserError(f"guidance.batchnorm_weight: {untappable(model)}")
+    if layers == "all":
+        return found
+    for pattern in layers:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise UserError(
+                f"guidance.layers: {pattern!r} matches none of the teacher's BatchNorm layers; they are "
+                f"{', '.join(found)}"
+            )
+    return {name: layer for name, layer in found.items() if any(fnmatchcase(name, pattern) for pattern in layers)}
+
+
+def layer_factors(layers: dict[str, _BatchNorm], layer_weights: str | Sequence[float]) -> Tensor | None:
+    """[L, 2], what the distances of each layer's mean and variance count; None where all count 1.
+
+    Raises UserError for a list of another length, and for ``relative`` where a layer remembers zeros.
+    """
+    if layer_weights == "equal":
+        return None
+    statistics = [(layer.running_mean, layer.running_var) for layer in layers.values()]
+    if layer_weights != "relative":
+        if len(layer_weights) != len(layers):
+            raise UserError(
+                f"guidance.layer_weights: got {len(layer_weights)} numbers for {len(layers)} BatchNorm layers "
+                f"({', '.join(layers)}); give one each, in this order"
+            )
+        like = next(mean for mean, _ in statistics if mean is not None)
+        return torch.tensor(list(layer_weights), dtype=torch.float32, device=like.device)[:, None].repeat(1, 2)
+    norms = torch.stack(
+        [
+            torch.stack([torch.linalg.vector_norm(at_least_float32(each)) for each in pair if each is not None])
+            for pair in statistics
+        ]
+    )
+    empty = [name for name, pair in zip(layers, norms.tolist(), strict=True) if min(pair) == 0]
+    if empty:
+        raise UserError(
+            f"guidance.layer_weights: relative, but BatchNorm layer {empty[0]} of the teacher remembers a mean or a "
+            "variance of zeros, which has no scale; take equal, a list of numbers, or guidance.layers without it"
+        )
+    return norms.reciprocal()
 
 
 class BatchNormTaps:
     """Keeps the input of every BatchNorm layer during a forward of `model`, inside the graph that it belongs to.
 
     A forward that begins at `model` first forgets the one before. A layer that a forward passes twice keeps its last
-    input. Layers without running statistics are not tapped; UserError if no layer is left.
+    input. Layers without running statistics are not tapped, nor those that ``layers`` leaves out; UserError if no layer
+    is left, or as of `chosen_layers` and `layer_factors`.
 
     Of a copy in half precision ``remembered`` is the network that it was made of: its statistics are whole.
     """
 
-    def __init__(self, model: nn.Module, remembered: nn.Module | None = None) -> None:
-        layers = tappable(model)
-        if not layers:
-            raise UserError(f"guidance.batchnorm_weight: {untappable(model)}")
-        self.names = list(layers)
-        self._layers = list(layers.values())
-        self._remembered = self._layers if remembered is None else [*tappable(remembered).values()]
-        self._inputs: list[Tensor | None] = [None] * len(layers)
-        self._versions = [0] * len(layers)
+    def __init__(
+        self,
+        model: nn.Module,
+        remembered: nn.Module | None = None,
+        *,
+        layers: str | Sequence[str] = "all",
+        layer_weights: str | Sequence[float] = "equal",
+    ) -> None:
+        tapped = chosen_layers(model, layers)
+        kept = tapped if remembered is None else chosen_layers(remembered, layers)
+        self.names = list(tapped)
+        self.factors = layer_factors(kept, layer_weights)
+        """[L, 2], of the distances of mean and variance of each layer; None for ones."""
+        self._layers = list(tapped.values())
+        self._remembered = list(kept.values())
+        self._inputs: list[Tensor | None] = [None] * len(tapped)
+        self._versions = [0] * len(tapped)
         self._handles = [model.register_forward_pre_hook(lambda *_: self.clear())]
         for index, layer in enumerate(self._layers):
             self._handles.append(layer.register_forward_pre_hook(self._tap(index)))
@@ -104,7 +171,8 @@ class BatchNormTaps:
         if missing:
             raise UserError(
                 f"teacher.architecture: BatchNorm layers {', '.join(missing[:3])} took no part in the forward; build "
-                "the teacher without them (such as auxiliary heads), or set guidance.batchnorm_weight=0"
+                "the teacher without them (such as auxiliary heads), leave them out of guidance.layers, or set "
+                "guidance.batchnorm_weight=0"
             )
         found = [kept for kept in self._inputs if kept is not None]
         for name, kept, version in zip(self.names, found, self._versions, strict=True):

@@ -1,11 +1,12 @@
 """L_bn: distance of BatchNorm inputs from the statistics that the layers remember (DeepInversion, Yin et al., 2020).
 
-    L_bn         = sum over layers of |mean - running mean|_2 + |variance - running variance|_2     (biased variance)
-    dL_bn / dx_i = [ by_mean + 2 (x_i - mean) by_variance ] / n           by_mean = (mean - running mean) / |...|_2
+    L_bn         = sum over layers of a |mean - running mean|_2 + b |variance - running variance|_2   (biased variance)
+    dL_bn / dx_i = [ by_mean + 2 (x_i - mean) by_variance ] / n         by_mean = a (mean - running mean) / |...|_2
 
-with moments over space and the samples of weight 1 (kernels/moments.py), n their elements per channel, and by_variance
-as by_mean; where a distance is 0 its derivative is 0. Each input is read once forward, and once backward, where its
-gradient is written. Mean and variance enter the gradient as constants, so that it can be taken in micro-batches:
+with moments over space and the samples of weight 1 (kernels/moments.py), n their elements per channel, by_variance as
+by_mean, and factors a, b of each layer, 1 by default; where a distance is 0 its derivative is 0. Each input is read
+once forward, and once backward, where its gradient is written. Mean and variance enter the gradient as constants, so
+that it can be taken in micro-batches:
 
     moments  = accumulate_moments(inputs, weight, moments)            of every micro-batch, without a graph
     distance = batchnorm_distance(moments, running_means, running_variances)
@@ -54,14 +55,19 @@ class Distance(NamedTuple):
 
 
 def batchnorm_loss_reference(
-    inputs: Sequence[Tensor], means: Sequence[Tensor], variances: Sequence[Tensor], weight: Tensor
+    inputs: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    weight: Tensor,
+    factors: Tensor | None = None,
 ) -> Tensor:
     terms = []
     for activation, running_mean, running_variance in zip(inputs, means, variances, strict=True):
         mean, variance = batch_moments_reference(activation, weight)
         terms.append(torch.linalg.vector_norm(mean - running_mean))
         terms.append(torch.linalg.vector_norm(variance - running_variance))
-    return torch.where((weight > 0).any(), torch.stack(terms).sum(), 0)
+    norms = torch.stack(terms)  # [2 L]
+    return torch.where((weight > 0).any(), (norms if factors is None else norms * factors.flatten()).sum(), 0)
 
 
 def held_loss_reference(inputs: Sequence[Tensor], weight: Tensor, moments: Moments, distance: Distance) -> Tensor:
@@ -80,7 +86,8 @@ def held_loss_reference(inputs: Sequence[Tensor], weight: Tensor, moments: Momen
 
 @triton.jit
 def _distance_kernel(
-    differences,  # [rows, width] float32; becomes the derivative of each row's norm
+    differences,  # [rows, width] float32; becomes the derivative of each row's norm times its factor
+    factors,  # [rows] float32, or None for ones
     norms,  # [rows] float32
     width,
     BLOCK: tl.constexpr,
@@ -93,9 +100,13 @@ def _distance_kernel(
         values = tl.load(at + c, mask=c < width, other=0.0)
         squares += values * values
     norm = tl.sqrt(tl.sum(squares))
-    tl.store(norms + row, norm)
     # All values of a norm of 0 are 0, and so is what becomes of them.
     scale = 1.0 / tl.where(norm == 0.0, 1.0, norm)
+    if factors is not None:
+        factor = tl.load(factors + row)
+        norm *= factor
+        scale *= factor
+    tl.store(norms + row, norm)
     for first in range(0, width, BLOCK):
         c = first + tl.arange(0, BLOCK)
         values = tl.load(at + c, mask=c < width, other=0.0)
@@ -140,11 +151,14 @@ def _batchnorm_gradient_kernel(
     tl.store(gradient + at, made.to(gradient.dtype.element_ty), mask=inside)
 
 
-def distance_launch(differences: Tensor) -> tuple[Launch, Tensor]:
-    """Norms float32 [rows] of the rows [rows, width]; these are overwritten with the derivatives of their norms."""
+def distance_launch(differences: Tensor, factors: Tensor | None = None) -> tuple[Launch, Tensor]:
+    """Norms float32 [rows] of the rows [rows, width], times their float32 ``factors`` [rows].
+
+    The rows are overwritten with the derivatives of what is returned.
+    """
     rows, width = differences.shape
     norms = torch.empty(rows, dtype=torch.float32, device=differences.device)
-    arguments = {"differences": differences, "norms": norms, "width": width}
+    arguments = {"differences": differences, "factors": factors, "norms": norms, "width": width}
     return Launch(_distance_kernel, (rows,), arguments, {"BLOCK": 1024}, 4), norms
 
 
@@ -211,7 +225,11 @@ class HeldLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def distance_by_kernel(
-    inputs: Sequence[Tensor], means: Sequence[Tensor], variances: Sequence[Tensor], counted: Tensor
+    inputs: Sequence[Tensor],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    counted: Tensor,
+    factors: Tensor | None = None,
 ) -> tuple[Moments, Distance]:
     """2 L + 1 launches, and one of torch that sums the norms."""
     # Rows of one width are taken by one launch; a multiple of 16 keeps each of them aligned.
@@ -220,7 +238,7 @@ def distance_by_kernel(
     moments = moments_by_kernel(
         inputs, counted, running=list(zip(means, variances, strict=True)), differences=differences
     )
-    launch, norms = distance_launch(differences.flatten(0, 1))
+    launch, norms = distance_launch(differences.flatten(0, 1), None if factors is None else factors.flatten().float())
     launch.run()
     rows = [row[:, : len(mean)] for row, mean in zip(differences, moments.means, strict=True)]
     return moments, Distance(norms.sum(), [row[0] for row in rows], [row[1] for row in rows])
@@ -231,39 +249,60 @@ def batchnorm_loss(
     means: Sequence[Tensor],
     variances: Sequence[Tensor],
     weight: Tensor,
+    factors: Tensor | None = None,
     *,
     kernel: Kernel = "auto",
 ) -> Tensor:
     """L_bn: sum over layers of |mean - running mean|_2 + |variance - running variance|_2, in float32 or wider.
 
     ``inputs`` are the BatchNorm layers' inputs [B, C, ...], contiguous or channels_last, ``means`` and ``variances``
-    their running statistics [C], ``weight`` [B] is 0 or 1; 0 where no sample has weight 1. It can be differentiated
+    their running statistics [C], ``weight`` [B] is 0 or 1; 0 where no sample has weight 1. ``factors`` [L, 2] of each
+    layer's two distances, constants, are 1 by default. It can be differentiated
     once, in the inputs; a sample of weight 0 gets gradient 0 (of the reference NaN, where it holds NaN). Raises
     ValueError, before anything is launched, for what does not fit together.
     """
     form = settle_inputs(named_layers(inputs), weight, kernel)
     check_vectors(inputs, weight.device, means=means, variances=variances)
+    check_factors(factors, len(inputs), weight.device)
     if form == "reference":
-        return batchnorm_loss_reference(inputs, means, variances, weight)
+        return batchnorm_loss_reference(inputs, means, variances, weight, factors)
     counted = counted_samples(weight)
-    moments, distance = distance_by_kernel(inputs, means, variances, counted)
+    moments, distance = distance_by_kernel(inputs, means, variances, counted, factors)
     loss: Tensor = HeldLoss.apply(counted, moments, distance, 1.0, *inputs)
     return loss
 
 
+def check_factors(factors: Tensor | None, layers: int, device: torch.device) -> None:
+    """Raises ValueError unless there are none, or two for each layer, on its device."""
+    if factors is not None and (factors.shape != (layers, 2) or factors.device != device):
+        raise ValueError(
+            f"factors: got {tuple(factors.shape)} on {factors.device}; [{layers}, 2] on {device}, two for each layer"
+        )
+
+
 @torch.no_grad()
-def batchnorm_distance(moments: Moments, means: Sequence[Tensor], variances: Sequence[Tensor]) -> Distance:
-    """L_bn of accumulated moments from running statistics [C], and its derivatives: a few vectors, in plain torch."""
+def batchnorm_distance(
+    moments: Moments, means: Sequence[Tensor], variances: Sequence[Tensor], factors: Tensor | None = None
+) -> Distance:
+    """L_bn of accumulated moments from running statistics [C], and its derivatives: a few vectors, in plain torch.
+
+    ``factors`` [L, 2] as those of `batchnorm_loss`.
+    """
     norms: list[Tensor] = []
     derivatives: list[list[Tensor]] = []
     some = moments.samples > 0
-    for name, ours, running in (("means", moments.means, means), ("variances", moments.variances, variances)):
+    check_factors(factors, len(means), moments.samples.device)
+    pairs = (("means", moments.means, means), ("variances", moments.variances, variances))
+    for which, (name, ours, running) in enumerate(pairs):
         check_vectors([vector[None] for vector in ours], moments.samples.device, **{name: running})
         derivatives.append([])
-        for vector, stored in zip(ours, running, strict=True):
+        for layer, (vector, stored) in enumerate(zip(ours, running, strict=True)):
             difference = torch.where(some, vector - stored, 0)
-            norms.append(torch.linalg.vector_norm(difference))
-            derivatives[-1].append(torch.where(norms[-1] == 0, 0, difference / norms[-1]))
+            norm = torch.linalg.vector_norm(difference)
+            derivative = torch.where(norm == 0, 0, difference / norm)
+            factor = None if factors is None else factors[layer, which]
+            norms.append(norm if factor is None else norm * factor)
+            derivatives[-1].append(derivative if factor is None else derivative * factor)
     return Distance(torch.stack(norms).sum(), *derivatives)
 
 

@@ -175,8 +175,9 @@ def batchnorm_uses(
     ]  # fmt: skip
 
 
-def distances() -> Launch:
-    return batchnorm_loss.distance_launch(torch.empty(2 * 40, 2048))[0]
+def distances(weighted: bool = False) -> Launch:
+    factors = torch.empty(2 * 40) if weighted else None
+    return batchnorm_loss.distance_launch(torch.empty(2 * 40, 2048), factors)[0]
 
 
 def divergence_uses(shape: tuple[int, int], dtype: torch.dtype, *, wide: bool = True) -> list[Configuration]:
@@ -269,6 +270,7 @@ def configurations() -> list[Configuration]:
         *batchnorm_uses((8, 256, 14, 14), half, wide=False),
         *batchnorm_uses((8, 512, 7, 7), half, wide=False),
         Configuration("distance", "40 layers of up to 2048", distances, None, wide=False),
+        Configuration("distance", "40 weighted layers", lambda: distances(weighted=True), None, wide=False),
         *divergence_uses((128, 10), single, wide=False),
         *divergence_uses((128, 100), single),
         *divergence_uses((256, 1000), single),

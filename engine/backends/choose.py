@@ -79,6 +79,8 @@ def settle_engines(recipe: Recipe, subject: Callable[[], Subject]) -> tuple[Reci
             choices.append(
                 Choice(stage, "eager", f"guidance.mode={recipe.guidance.mode} takes gradients through it", {})
             )
+        elif recipe.guidance.micro_batch is not None:
+            choices.append(Choice(stage, "eager", "guidance.micro_batch splits its batches", {}))
         elif count < FEW_CALLS:
             choices.append(Choice(stage, "eager", f"{count} calls are too few for a trial", {}))
         else:

@@ -138,14 +138,14 @@ class EngineChain:
 
     def __init__(self, runner: Runner, student: Classifier | None = None) -> None:
         self.runner = runner
-        self.weights: tuple[Tensor, ...] = ()
-        if student is not None and len(runner.specification.inputs) > 3:
-            held = runner.views(1)[3:]
+        self.student: tuple[Tensor, ...] = ()
+        if student is not None and len(runner.specification.inputs) > 4:
+            held = runner.views(1)[4:]
             for buffer, value in zip(held, student_weights(student).values(), strict=True):
                 buffer.copy_(value)
-            self.weights = tuple(held)
+            self.student = tuple(held)
 
-    def __call__(self, x0: Tensor, targets: Tensor, alive: Tensor) -> Gradient:
-        gradient, norm, finite, losses = self.runner(x0, targets, alive, *self.weights)
+    def __call__(self, x0: Tensor, targets: Tensor, alive: Tensor, weights: Tensor) -> Gradient:
+        gradient, norm, finite, losses = self.runner(x0, targets, alive, weights, *self.student)
         # The losses outlive the step; the rest is read before the next call.
         return Gradient(gradient, norm, finite, losses.clone())

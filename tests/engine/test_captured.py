@@ -30,7 +30,7 @@ def unet(sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
     return 0.3 * sample.tanh() + 0.01 * context.mean((1, 2)).view(-1, 1, 1, 1) + timestep.view(-1, 1, 1, 1) / 1000
 
 
-def chain(x0: Tensor, targets: Tensor, alive: Tensor) -> Gradient:
+def chain(x0: Tensor, targets: Tensor, alive: Tensor, weights: Tensor) -> Gradient:
     finite = alive & torch.isfinite(x0).flatten(1).all(1)
     gradient = torch.where(finite.view(-1, 1, 1, 1), x0 - targets.argmax(1).view(-1, 1, 1, 1), 0)
     norm = torch.linalg.vector_norm(gradient, dim=(1, 2, 3))

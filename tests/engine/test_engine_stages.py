@@ -17,7 +17,7 @@ from diffdfkd.engine.engine_stages import Batches, Stage, student_weights, unet_
 from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.stages import decode_stage, guidance_chain, unet_stage
-from diffdfkd.engine.taps import BatchNormTaps, tappable
+from diffdfkd.engine.taps import guidance_taps, tappable
 
 F32, BF16 = torch.float32, torch.bfloat16
 ADVERSARIAL = WEIGHTS.model_copy(update={"adversarial_weight": 0.5})
@@ -93,11 +93,11 @@ def eager_chain(
     student: nn.Module | None = None,
     weights: GuidanceRecipe = WEIGHTS,
 ) -> Callable[..., Any]:
-    taps = BatchNormTaps(teacher.model) if weights.batchnorm_weight > 0 else None
+    taps = guidance_taps(teacher.model, weights) if weights.batchnorm_weight > 0 else None
     chain = guidance_chain(decode_stage(prior), teacher, taps, weights, student, kernel="reference")
 
     def made(*inputs: Tensor) -> Any:
-        return chain(*inputs[:3])
+        return chain(*inputs[:4])
 
     return made
 
@@ -128,15 +128,38 @@ def test_statistics_are_not_rounded_with_the_networks(prior: Prior) -> None:
     assert abs(exact) > 1e-4 and abs(low - exact) < 0.3 * abs(exact)
 
 
+@pytest.mark.parametrize(
+    "choice", [{"layers": ["features.[0-3].*"]}, {"layer_weights": "relative"}, {"statistics": "class"}], ids=str
+)
+def test_chain_with_other_statistics_is_the_runs_own(prior: Prior, choice: dict[str, Any]) -> None:
+    weights = WEIGHTS.model_copy(update=choice)
+    stage = prior_stage("chain", prior, BATCHES, weights=weights)
+    inputs = stage.examples(6, 1)
+    agree(stage, eager_chain(prior, classifier(), weights=weights)(*inputs), inputs, 1e-5)
+    plain = prior_stage("chain", prior, BATCHES)
+    assert distance(stage.function(*inputs)[0], plain.function(*inputs)[0]) > 1e-3
+
+
+def test_weights_of_the_terms_are_an_input(prior: Prior) -> None:
+    stage = prior_stage("chain", prior, BATCHES)
+    inputs = stage.examples(6, 0)
+    by_class, by_statistics, both = (
+        stage.function(*inputs[:3], torch.tensor(shares))[0] for shares in ([2.0, 0, 0], [0, 0.5, 0], [2.0, 0.5, 0])
+    )
+    assert distance(by_class + by_statistics, both) <= 1e-5
+    assert min(distance(each, both) for each in (by_class, by_statistics)) > 1e-2
+    assert not torch.equal(*(stage.examples(6, seed)[3] for seed in (0, 1)))
+
+
 def test_masked_samples_count_nowhere(prior: Prior) -> None:
     stage = prior_stage("chain", prior, BATCHES)
-    x0, targets, alive = stage.examples(6, 1)
+    x0, targets, alive, shares = stage.examples(6, 1)
     alive[:] = True
     alive[2] = False
     x0[2], x0[5] = 1e30, float("nan")
     whole = torch.tensor([0, 1, 3, 4])
-    gradient, norm, finite, losses = stage.function(x0, targets, alive)
-    alone = eager_chain(prior, classifier())(x0[whole], targets[whole], alive[whole])
+    gradient, norm, finite, losses = stage.function(x0, targets, alive, shares)
+    alone = eager_chain(prior, classifier())(x0[whole], targets[whole], alive[whole], shares)
     assert finite.tolist() == [True, True, False, True, True, False]
     assert not gradient[~finite].any() and not norm[~finite].any()
     assert distance(gradient[whole], alone.gradient) <= 1e-5
@@ -158,11 +181,11 @@ def test_student_is_an_input(prior: Prior, precision: torch.dtype) -> None:
     stage = prior_stage("chain", prior, BATCHES, precision, teacher=teacher, student=first, weights=ADVERSARIAL)
     check_examples(stage)
     inputs = stage.examples(6, 0)
-    assert len(inputs) == 3 + len(student_weights(first))
-    own = (*inputs[:3], *student_weights(first).values())
+    assert len(inputs) == 4 + len(student_weights(first))
+    own = (*inputs[:4], *student_weights(first).values())
     made = {}
     for student in (first, second):
-        given = (*inputs[:3], *student_weights(student).values())
+        given = (*inputs[:4], *student_weights(student).values())
         expected = eager_chain(prior, teacher, student, ADVERSARIAL)(*given)
         agree(stage, expected, given, 1e-5 if precision == F32 else 3e-2)
         made[student] = expected
@@ -177,7 +200,7 @@ def test_chain_has_no_student_where_its_term_has_no_weight(prior: Prior) -> None
         prior_stage("chain", prior, BATCHES),
         prior_stage("chain", prior, BATCHES, student=classifier(seed=2)),
     )
-    assert len(given.specification.inputs) == 3
+    assert len(given.specification.inputs) == 4
     assert plain.digest == given.digest
     unknown = prior_stage("chain", prior, BATCHES, weights=ADVERSARIAL)  # the first round has no student
     assert unknown.digest == plain.digest
@@ -226,14 +249,17 @@ def test_digest_of_a_chain_depends_on_teacher_and_terms(prior: Prior) -> None:
     others: list[dict[str, Any]] = [
         {"teacher": classifier(seed=2)},
         {"teacher": classifier(size=20)},
-        {"weights": WEIGHTS.model_copy(update={"class_weight": 0.9})},
-        {"weights": WEIGHTS.model_copy(update={"batchnorm_weight": 0.31})},
+        {"weights": WEIGHTS.model_copy(update={"batchnorm_weight": 0.0})},
+        {"weights": WEIGHTS.model_copy(update={"layers": ["features.[0-3].*"]})},
+        {"weights": WEIGHTS.model_copy(update={"layer_weights": "relative"})},
+        {"weights": WEIGHTS.model_copy(update={"statistics": "class"})},
         {"weights": ADVERSARIAL, "student": classifier(seed=2)},
     ]
     digests = {digest("chain", prior, **other) for other in others}
     assert len(digests) == len(others) and plain not in digests
-    # What the sampler does with the gradient is no part of it.
-    assert digest("chain", prior, weights=WEIGHTS.model_copy(update={"rho": 0.5, "every": 2})) == plain
+    # What the terms weigh is an input, and what the sampler does with the gradient is no part of it.
+    same = {"class_weight": 0.9, "batchnorm_weight": 0.31, "class_window": (0.0, 0.5), "rho": 0.5, "every": 2}
+    assert digest("chain", prior, weights=WEIGHTS.model_copy(update=same)) == plain
 
 
 def test_digest_of_a_chain_knows_the_students_architecture_alone(prior: Prior) -> None:
@@ -247,7 +273,7 @@ def test_digest_of_a_chain_knows_the_students_architecture_alone(prior: Prior) -
     other = classifier(width=3, seed=2)
     other.model = nn.Sequential(other.model, nn.Softmax(1))
     assert of(other) != first
-    assert of(classifier(width=3, seed=2), ADVERSARIAL.model_copy(update={"adversarial_weight": 0.4})) != first
+    assert of(classifier(width=3, seed=2), ADVERSARIAL.model_copy(update={"adversarial_weight": 0.4})) == first
 
 
 def test_stages_leave_the_networks_alone(prior: Prior) -> None:
@@ -324,9 +350,9 @@ def test_networks_of_other_kinds(prior: Prior) -> None:
     student = classifier(3, seed=5)
     student.model = ARCHITECTURES["mobilenet_v2"](channels=3, classes=len(CLASSES)).eval().requires_grad_(False)
     stage = prior_stage("chain", prior, BATCHES, teacher=teacher, student=student, weights=ADVERSARIAL)
-    inputs = (*stage.examples(6, 0)[:3], *student_weights(student).values())
+    inputs = (*stage.examples(6, 0)[:4], *student_weights(student).values())
     agree(stage, eager_chain(prior, teacher, student, ADVERSARIAL)(*inputs), inputs, 1e-5)
-    moved = [value + 0.1 * torch.rand_like(value) for value in inputs[3:]]
+    moved = [value + 0.1 * torch.rand_like(value) for value in inputs[4:]]
     names = list(student_weights(student))
     student.model.load_state_dict({**student.model.state_dict(), **dict(zip(names, moved, strict=True))})
-    agree(stage, eager_chain(prior, teacher, student, ADVERSARIAL)(*inputs), (*inputs[:3], *moved), 1e-5)
+    agree(stage, eager_chain(prior, teacher, student, ADVERSARIAL)(*inputs), (*inputs[:4], *moved), 1e-5)

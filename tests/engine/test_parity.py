@@ -276,7 +276,7 @@ def test_chain_that_drops_the_students_term_is_refused(prior: Prior, seed: int, 
     assert proven(with_student, "right", precision, with_student.function).relative == 0
 
     def dropped(*inputs: Tensor) -> Sequence[Tensor]:
-        return alone.function(*inputs[:3])
+        return alone.function(*inputs[:4])
 
     with pytest.raises(Refused, match=r"^chain: dropping differs from eager "):
         proven(with_student, "dropping", precision, dropped)

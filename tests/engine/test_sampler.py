@@ -56,7 +56,7 @@ def toy_loss(x0):
     return torch.nn.functional.smooth_l1_loss(x0, GOAL.to(x0.dtype).expand_as(x0), reduction="sum", beta=2.0)
 
 
-def toy_chain(x0, targets, alive):
+def toy_chain(x0, targets, alive, weights=None):
     finite = alive & x0.isfinite().flatten(1).all(1)
     gradient = ((x0 - GOAL) / 2).clamp(-1, 1)
     gradient = torch.where(finite[:, None, None, None], gradient, 0)
@@ -314,7 +314,7 @@ def test_window_and_every_choose_the_guided_steps():
 def test_only_guided_steps_have_losses_and_call_the_chain(mode):
     calls = []
 
-    def chain(x0, targets, alive):
+    def chain(x0, targets, alive, weights):
         calls.append(targets)
         return toy_chain(x0, targets, alive)
 
@@ -356,7 +356,7 @@ def test_who_was_to_take_a_patch_from_a_failed_sample_is_dropped_too(kernel):
 
 
 def test_a_chain_that_cannot_guide_a_sample_freezes_it():
-    def chain(x0, targets, alive):
+    def chain(x0, targets, alive, weights):
         result = toy_chain(x0, targets, alive)
         return result._replace(finite=result.finite & (torch.arange(len(x0)) != 2))
 
@@ -367,7 +367,7 @@ def test_a_chain_that_cannot_guide_a_sample_freezes_it():
 
 
 def test_no_gradient_means_no_update():
-    def chain(x0, targets, alive):
+    def chain(x0, targets, alive, weights):
         zero = torch.zeros_like(x0)
         return Gradient(zero, zero.flatten(1).norm(dim=1), alive, torch.zeros(4))
 
@@ -567,7 +567,7 @@ def test_a_step_without_cutmix_is_the_same_launch(monkeypatch, sampler, mode):
 def test_the_chain_is_told_who_is_alive(mode):
     told = []
 
-    def chain(x0, targets, alive):
+    def chain(x0, targets, alive, weights):
         told.append(alive.tolist())
         return toy_chain(x0, targets, alive)._replace(finite=alive & (torch.arange(BATCH) != 2 + len(told)))
 

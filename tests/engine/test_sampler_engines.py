@@ -218,7 +218,7 @@ def test_nothing_is_copied_into_the_unet(world: World, scale: float, monkeypatch
         if self.specification.name == "chain":
             assert all(
                 value.data_ptr() == self.inputs[port.name].data_ptr()
-                for value, port in zip(inputs[3:], self.specification.inputs[3:], strict=True)
+                for value, port in zip(inputs[4:], self.specification.inputs[4:], strict=True)
             )
         return real(self, *inputs)
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from small_chain import CLASSES, LATENT, WEIGHTS, Decoder, batch, classifier
 from torch import nn
 from torch.nn import functional
 
@@ -15,39 +16,6 @@ from diffdfkd.engine.stages import (
 )
 from diffdfkd.engine.taps import BatchNormTaps
 from diffdfkd.kernels.moments import batch_moments
-
-CLASSES, LATENT = 3, (2, 4, 4)
-
-
-class Decoder(nn.Module):
-    """[B, 2, 4, 4] -> [B, 1, 8, 8] in [0, 1]; smooth, so that finite differences hold."""
-
-    def __init__(self):
-        super().__init__()
-        self.convolution = nn.ConvTranspose2d(2, 1, 2, stride=2)
-
-    def forward(self, latents):
-        return self.convolution(latents).tanh() / 2 + 0.5
-
-
-def classifier(seed):
-    torch.manual_seed(seed)
-    network = nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1),
-        nn.BatchNorm2d(4),
-        nn.SiLU(),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(64, 8),
-        nn.BatchNorm1d(8),
-        nn.SiLU(),
-        nn.Linear(8, CLASSES),
-    )
-    for layer in network:
-        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            layer.running_mean.normal_()
-            layer.running_var.uniform_(0.5, 2)
-    return network.double().eval().requires_grad_(False)
 
 
 @pytest.fixture
@@ -68,16 +36,6 @@ def student(teacher):
     soft[-1].weight.mul_(0.3)
     soft[-1].bias.mul_(0.3)
     return soft
-
-
-def batch(n, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(2)
-    x0 = torch.randn(n, *LATENT, generator=generator, dtype=dtype)
-    targets = torch.randn(n, CLASSES, generator=generator, dtype=dtype).softmax(1)
-    return x0, targets, torch.ones(n, dtype=torch.bool)
-
-
-WEIGHTS = GuidanceRecipe(class_weight=0.7, batchnorm_weight=0.3, adversarial_weight=0.5)
 
 
 def plain_loss(x0, targets, decoder, teacher, student, weights):
@@ -273,6 +231,7 @@ def check_ports(ports, tensors):
 def test_chain_keeps_to_its_specification(decoder, teacher):
     given = batch(4, torch.float32)
     specification = chain_specification(LATENT, 4, CLASSES)
+    given = (*given, torch.tensor([1.0, 0.0, 0.0]))
     check_ports(specification.inputs, given)
     chain = guidance_chain(decoder.float(), teacher.float(), None, GuidanceRecipe(batchnorm_weight=0.0))
     check_ports(specification.outputs, chain(*given))

@@ -125,3 +125,42 @@ def test_an_input_that_is_written_over_is_found() -> None:
         with torch.inference_mode():
             model.bn(torch.randn(2, 1, 3, 3))
             assert len(taps.inputs) == 1
+
+
+def settled() -> nn.Sequential:
+    """`network` with all its layers made."""
+    model = network()
+    model(torch.randn(2, 1, 9, 9))
+    return model
+
+
+def test_layers_are_chosen_by_names_and_patterns() -> None:
+    model = settled()
+    with BatchNormTaps(model, layers=["7", "[14]"]) as taps:
+        assert taps.names == ["1", "4", "7"] and taps.factors is None
+    with BatchNormTaps(copy.deepcopy(model), model, layers=["4"]) as taps:
+        model(torch.randn(2, 1, 9, 9))  # not the copy
+        assert taps.names == ["4"] and taps.running_means[0] is model[4].running_mean
+    with pytest.raises(UserError, match=r"guidance.layers: 'head.\*' matches none .*; they are 1, 4, 7$"):
+        check_taps(model, GuidanceRecipe(layers=["1", "head.*"]))
+    check_taps(model, GuidanceRecipe(layers=["head"], batchnorm_weight=0.0))
+
+
+def test_what_a_layer_counts() -> None:
+    model = settled()
+    for index, layer in enumerate((model[1], model[4], model[7])):
+        layer.running_mean.fill_(index + 0.5)
+        layer.running_var.fill_(2.0)
+    sizes = [3, 4, 5]
+    with BatchNormTaps(model, layer_weights="relative") as taps:
+        expected = [[1 / ((i + 0.5) * size**0.5), 1 / (2 * size**0.5)] for i, size in enumerate(sizes)]
+        torch.testing.assert_close(taps.factors, torch.tensor(expected))
+    with BatchNormTaps(model, layers=["7", "1"], layer_weights=[0.5, 3.0]) as taps:
+        assert taps.names == ["1", "7"] and taps.factors is not None
+        assert taps.factors.tolist() == [[0.5, 0.5], [3.0, 3.0]]
+    with pytest.raises(UserError, match=r"guidance.layer_weights: got 2 numbers for 3 BatchNorm layers \(1, 4, 7\)"):
+        check_taps(model, GuidanceRecipe(layer_weights=[1.0, 2.0]))
+    model[4].running_mean.zero_()
+    with pytest.raises(UserError, match=r"guidance.layer_weights: relative, but BatchNorm layer 4 .* zeros"):
+        check_taps(model, GuidanceRecipe(layer_weights="relative"))
+    check_taps(model, GuidanceRecipe(layer_weights="relative", layers=["1", "7"]))

@@ -149,8 +149,8 @@ def plain_stages(recipe: Recipe, prior: Prior, teacher: Classifier) -> tuple[UNe
     unet = unet_stage(wide)
     chain = guidance_chain(decode_stage(wide), master, BatchNormTaps(master.model), recipe.guidance, kernel="reference")
 
-    def guided(x0: Tensor, targets: Tensor, alive: Tensor) -> Gradient:
-        gradient, norm, finite, losses = chain(x0.double(), targets.double(), alive)
+    def guided(x0: Tensor, targets: Tensor, alive: Tensor, weights: Tensor) -> Gradient:
+        gradient, norm, finite, losses = chain(x0.double(), targets.double(), alive, weights.double())
         return Gradient(gradient.float(), norm.float(), finite, losses.float())
 
     return lambda sample, timestep, context: unet(sample.double(), timestep, context.double()).float(), guided

@@ -93,6 +93,33 @@ def test_several_layers(kernel: Form, channels_last: bool) -> None:
         torch.testing.assert_close(gradient.double(), theirs, rtol=2e-5, atol=2e-5)
 
 
+FACTORS = torch.tensor([[0.5, 3.0], [2.0, 0.25], [0.0, 1.5]])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_layers_count_by_their_factors(kernel: Form) -> None:
+    inputs, means, variances = draw((3, 4, 5, 7), (3, 33, 2, 3), (3, 6))
+    weight = torch.tensor([1, 0, 1])
+    scale = elements(inputs, weight)
+    leaves = [activation.double().requires_grad_() for activation in inputs]
+    expected = torch.zeros((), dtype=torch.float64)
+    for leaf, mean, variance, (of_mean, of_variance) in zip(leaves, means, variances, FACTORS.tolist(), strict=True):
+        columns = leaf[weight > 0].transpose(0, 1).flatten(1)
+        expected = expected + of_mean * (columns.mean(1) - mean).norm()
+        expected = expected + of_variance * (columns.var(1, unbiased=False) - variance).norm()
+    theirs = torch.autograd.grad(scale * expected, leaves)
+    ours = [activation.clone().requires_grad_() for activation in inputs]
+    loss = batchnorm_loss(ours, means, variances, weight, FACTORS, kernel=kernel)
+    torch.testing.assert_close(loss.detach().double(), expected.detach(), **TOLERANCES[torch.float32])
+    for gradient, wanted in zip(torch.autograd.grad(scale * loss, ours), theirs, strict=True):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=2e-5, atol=2e-5)
+    loss, total, gradients = in_micro_batches(inputs, means, variances, weight, [1, 2], kernel, scale, FACTORS)
+    torch.testing.assert_close(loss.double(), expected.detach(), **TOLERANCES[torch.float32])
+    torch.testing.assert_close(total, loss)
+    for gradient, wanted in zip(gradients, theirs, strict=True):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize(("shape", "channels_last"), [((2, 3, 20, 90), False), ((2, 70, 3, 11), True)])
 def test_samples_of_several_tiles(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], channels_last: bool) -> None:
     for name, value in {"TILE": 512, "PROGRAMS": 1, "MOST_CHUNKS": 2}.items():
@@ -182,6 +209,7 @@ def in_micro_batches(
     sizes: list[int],
     kernel: Form,
     scale: float = 1.0,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """L_bn, the sum of the micro-batches' parts, and the gradients, in two passes over micro-batches of these sizes."""
     parts = list(zip(*(activation.split(sizes) for activation in inputs), strict=True))
@@ -189,7 +217,7 @@ def in_micro_batches(
     for part, own in zip(parts, weight.split(sizes), strict=True):
         moments = accumulate_moments(part, own, moments, kernel=kernel)
     assert moments is not None
-    distance = batchnorm_distance(moments, means, variances)
+    distance = batchnorm_distance(moments, means, variances, factors)
     total, gradients = torch.zeros(()), []
     for part, own in zip(parts, weight.split(sizes), strict=True):
         leaves = [activation.detach().requires_grad_() for activation in part]
@@ -253,6 +281,8 @@ def test_bad_arguments() -> None:
         batchnorm_loss(inputs, means, [bad, variances[1]], weight)
     with pytest.raises(ValueError, match=r"variances\[1\]: on meta"):
         batchnorm_loss(inputs, means, [variances[0], variances[1].to("meta")], weight)
+    with pytest.raises(ValueError, match=r"factors: got \(2,\) on cpu; \[2, 2\] on cpu"):
+        batchnorm_loss(inputs, means, variances, weight, torch.ones(2))
     with pytest.raises(ValueError, match=r"weight: .*inputs\[0\]"):
         batchnorm_loss(inputs, means, variances, torch.ones(4))
     with pytest.raises(ValueError, match=r"weight: .*inputs\[1\]"):

@@ -255,7 +255,7 @@ class Net:
 
 
 def towards(goal: Tensor) -> Any:
-    def chain(x0: Tensor, targets: Tensor, alive: Tensor) -> Gradient:
+    def chain(x0: Tensor, targets: Tensor, alive: Tensor, weights: Tensor) -> Gradient:
         gradient = (x0 - goal).clamp(-1, 1)
         losses = gradient.square().mean().expand(4)
         return Gradient(gradient, torch.linalg.vector_norm(gradient, dim=(1, 2, 3)), alive, losses)
