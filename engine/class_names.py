@@ -1,4 +1,4 @@
-"""Which of the wanted classes a folder, or a class of a published data set, is."""
+"""Which of the wanted classes a folder, or a class of a published data set, is; the words a class is drawn by."""
 
 import logging
 import re
@@ -17,6 +17,11 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 def plain(name: str) -> str:
     """A name by its letters and digits alone: ``t-shirt_top`` and ``T-shirt/top`` are the same class."""
     return re.sub(r"[\W_]+", "-", name.casefold()).strip("-")
+
+
+def class_words(words: Sequence[str | list[str]] | None, classes: Sequence[str]) -> list[list[str]]:
+    """The words that each class is drawn by; its name where none are given."""
+    return [[own] if isinstance(own, str) else list(own) for own in words or classes]
 
 
 def match_classes(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from diffdfkd.engine.class_names import plain
+from diffdfkd.engine.class_names import class_words, plain
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.windows import acting_steps, window_steps
 
@@ -75,15 +75,14 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
     if synthesis.words is not None and len(synthesis.words) != len(teacher.classes):
         yield "synthesis.words", f"got {len(synthesis.words)} words for {len(teacher.classes)} classes; give one each"
     elif synthesis.words is not None:
-        yield from _exchanged(synthesis.words, teacher.classes)
+        yield from _exchanged(class_words(synthesis.words, teacher.classes), teacher.classes)
     if synthesis.quality is not None and synthesis.format == "png":
         yield (
             "synthesis.quality",
             f"got {synthesis.quality} with synthesis.format=png, which is lossless; set synthesis.format=webp, or "
             "quality to null",
         )
-    if strange := re.findall(r"\{[^{}]+\}", synthesis.prompt):
-        yield "synthesis.prompt", f"got {strange[0]}, which stays as it is; the class's word goes where {{}} stands"
+    yield from _no_place_for_the_class(recipe)
     if guidance.mode != "none":
         guided_steps(guidance, synthesis.steps)
         if guidance.rho == 0:
@@ -196,24 +195,47 @@ def round_samples(recipe: "Recipe", round: int) -> int:
     return unit * (units * (round + 1) // recipe.rounds - units * round // recipe.rounds)
 
 
-def _exchanged(words: list[str], classes: list[str]) -> Iterable[tuple[str, str]]:
+def _no_place_for_the_class(recipe: "Recipe") -> Iterable[tuple[str, str]]:
+    """Templates in which a class's word has no place, where it should have one."""
+    synthesis = recipe.synthesis
+    templates = synthesis.templates
+    for template in templates:
+        if strange := re.findall(r"\{[^{}]+\}", template):
+            yield "synthesis.prompt", f"got {strange[0]}, which stays as it is; the class's word goes where {{}} stands"
+    without = [template for template in templates if "{}" not in template]
+    if without and len(without) < len(templates):
+        yield (
+            "synthesis.prompt",
+            f'templates without a place for the class beside others with one: "{without[0]}"; put {{}} where the '
+            "class's word goes, or leave it out of all of them",
+        )
+    elif without and any(isinstance(own, list) for own in synthesis.words or []):
+        yield (
+            "synthesis.words",
+            "several words a class, but templates without a place for the class; put {} into synthesis.prompt, or "
+            "leave the words out",
+        )
+
+
+def _exchanged(words: list[list[str]], classes: list[str]) -> Iterable[tuple[str, str]]:
     """Words that are the names of other classes than those at their places: one of the lists is out of order.
 
     One alone is a coincidence, as a gift is in English and in German.
     """
     place_of = {plain(name): place for place, name in enumerate(classes)}
     found = []
-    for place, (word, name) in enumerate(zip(map(plain, words), map(plain, classes), strict=True)):
+    for place, (own, name) in enumerate(zip(words, map(plain, classes), strict=True)):
         # Part of its own name, too, it may be right: a crane that is a bird beside one that is a machine.
-        if word in place_of and word not in name and name not in word:
-            found.append((place, place_of[word]))
+        strangers = [word for word in own if plain(word) in place_of and plain(word) not in name]
+        if strangers := [word for word in strangers if name not in plain(word)]:
+            found.append((place, strangers[0], place_of[plain(strangers[0])]))
     if len(found) > 1:
-        (place, other), more = found[0], len(found) - 1
+        (place, word, other), more = found[0], len(found) - 1
         yield (
             "synthesis.words",
-            f"{words[place]} at place {place} would be drawn for the class {classes[place]}, but is the name of the "
+            f"{word} at place {place} would be drawn for the class {classes[place]}, but is the name of the "
             f"class at place {other}, and so for {more} more; give both lists in the order of the teacher's outputs, "
-            f'or write the words otherwise where that is meant, as in "a {words[place]}"',
+            f'or write the words otherwise where that is meant, as in "a {word}"',
         )
 
 

@@ -21,6 +21,7 @@ from diffdfkd.engine.memory import fitting, machine_memory, refuse_more
 from diffdfkd.engine.pixels import encode_image
 from diffdfkd.engine.plan import SAMPLES_PER_ROUND, ShardPlan, class_labels, lasting, sample_ids, weights_digest
 from diffdfkd.engine.prior import Prior
+from diffdfkd.engine.prompts import class_prompts, draw_prompts, embed_prompts
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.engine.sampler import Trajectory
 from diffdfkd.engine.shards import Sample
@@ -68,6 +69,8 @@ class Painting:
     latents: Tensor
     """[B], root mean square of a finished latent's values; about 1 where a decoder is at home."""
     plan: CutMixPlan
+    prompts: tuple[str, ...] | None = None
+    """Of each sample, where a class has several."""
 
 
 class Batch(NamedTuple):
@@ -91,7 +94,8 @@ class Painter:
         self.recipe, self.round, self.prior = recipe, round, models.prior
         self.device = next(models.prior.unet.parameters()).device
         self.decode = decode_stage(models.prior, getattr(torch, recipe.prior.dtype))
-        self.context, self.rows = embed_prompts(models.prior, class_prompts(recipe))
+        self.prompts = class_prompts(recipe)
+        self.context, self.rows = embed_prompts(models.prior, self.prompts)
         student = models.student if uses_student(recipe, round) else None
         # Guidance goes through whatever decodes the images.
         self.denoiser = Denoiser(
@@ -119,8 +123,10 @@ class Painter:
 
         On CUDA nothing is waited for before that call, which decodes on a stream of its own.
         """
+        drawn = draw_prompts(self.recipe, ids, classes)
+        several = len(self.prompts) > len(self.recipe.teacher.classes)
         with self._fitting(ids):
-            plan, trajectory = self._denoise(ids, classes, guided, mixed)
+            plan, trajectory = self._denoise(ids, classes, drawn, guided, mixed)
         ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
 
         def finish() -> Painting:
@@ -133,6 +139,7 @@ class Painter:
                     losses=trajectory.losses.cpu(),
                     latents=trajectory.latents.square().mean((1, 2, 3)).sqrt().cpu(),
                     plan=plan,
+                    prompts=tuple(self.prompts[i] for i in drawn.tolist()) if several else None,
                 )
 
         return finish
@@ -153,7 +160,9 @@ class Painter:
             yield
 
     @torch.no_grad()
-    def _denoise(self, ids: Tensor, classes: Tensor, guided: bool, mixed: bool) -> tuple[CutMixPlan, Trajectory]:
+    def _denoise(
+        self, ids: Tensor, classes: Tensor, drawn: Tensor, guided: bool, mixed: bool
+    ) -> tuple[CutMixPlan, Trajectory]:
         recipe = self.recipe
         ids, classes = ids.to(self.device), classes.to(self.device)
         cutmix = recipe.cutmix if mixed else recipe.cutmix.model_copy(update={"every": 0})
@@ -161,7 +170,7 @@ class Painter:
         plan = plan_cutmix(
             cutmix, classes, len(recipe.teacher.classes), recipe.synthesis.steps, shape[1:], recipe.seed, ids
         )
-        context = self.context[self.rows[classes]]
+        context = self.context[self.rows[drawn.to(self.device)]]
         if self.denoiser.scale != 1:
             context = torch.cat([self.context[-1:].expand_as(context), context])
         noise = philox_normal(recipe.seed, ids, 0, INITIAL_NOISE, shape)
@@ -223,6 +232,8 @@ class Painter:
             "round": self.round,
             "seed": self.recipe.seed,
         }
+        if painting.prompts is not None:
+            record["prompt"] = painting.prompts[i]
         if losses is not None:
             record["losses"] = losses
         if weights := soft_label(painting.targets[i]):
@@ -258,24 +269,9 @@ def uses_student(recipe: Recipe, round: int) -> bool:
     return round > 0 and recipe.guidance.mode != "none" and recipe.guidance.adversarial_weight > 0
 
 
-def class_prompts(recipe: Recipe) -> list[str]:
-    """The prompt of each class."""
-    words = recipe.synthesis.words or recipe.teacher.classes
-    return [recipe.synthesis.prompt.replace("{}", word) for word in words]
-
-
 def saved_size(recipe: Recipe) -> int:
     """Height and width of the saved images in pixels."""
     return recipe.synthesis.size or recipe.teacher.size
-
-
-@torch.no_grad()
-def embed_prompts(prior: Prior, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Embeddings [n + 1, T, D] of the distinct prompts and, last, of the empty one; row [K] int64 of each class."""
-    distinct = [*dict.fromkeys(prompts), ""]
-    embeddings = torch.cat([prior.embed(distinct[i : i + 64]) for i in range(0, len(distinct), 64)])
-    rows = torch.tensor([distinct.index(prompt) for prompt in prompts], device=embeddings.device)
-    return embeddings, rows
 
 
 def encode(image: Tensor, format: Literal["png", "webp"], quality: int | None = None) -> bytes:

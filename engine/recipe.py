@@ -119,16 +119,43 @@ class SynthesisRecipe(Section):
     """Denoising steps."""
     guidance_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 2.0
     """Classifier-free guidance; 1 turns it off and halves the cost of the UNet."""
-    prompt: str = "an image of a {}"
-    """Template; ``{}`` is the class's word. Without ``{}`` the class enters through guidance alone."""
-    words: list[str] | None = None
-    """Word of each class in the prompt; the class names by default."""
+    prompt: str | list[str] = "an image of a {}"
+    """Template, or a list of which each sample draws one; ``{}`` is the class's word. Without ``{}`` the class enters
+    through guidance alone."""
+    words: list[str | list[str]] | None = None
+    """Word of each class in the prompt, or a list of which each sample draws one; the class names by default."""
     size: Annotated[int, Field(ge=8)] | None = None
     """Saved height and width in pixels; the teacher's input by default."""
     format: Literal["png", "webp"] = "png"
     """Image files inside the shards; both lossless, unless ``quality`` is given."""
     quality: Annotated[int, Field(ge=1, le=100)] | None = None
     """Of lossy WebP; lossless by default."""
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _templates(cls, prompt: Any) -> Any:
+        return _one_or_several(prompt, "a template, or a list of them")
+
+    @field_validator("words", mode="before")
+    @classmethod
+    def _several_words(cls, words: Any) -> Any:
+        if not isinstance(words, list):
+            return words
+        return [_one_or_several(own, "each class has a word in quotes, or a list of them") for own in words]
+
+    @property
+    def templates(self) -> list[str]:
+        """Of the prompts, one or more."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+
+def _one_or_several(texts: Any, wanted: str) -> Any:
+    """A text or a list of several; a list of one is that one, so that both ways to write it are the same recipe."""
+    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        return texts[0] if len(texts) == 1 else texts
+    if not isinstance(texts, str):
+        raise ValueError(wanted)
+    return texts
 
 
 class GuidanceRecipe(Section):

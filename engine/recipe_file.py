@@ -113,7 +113,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise UserError(f"{override}: an override is key=value, such as synthesis.steps=20")
-    if key == "synthesis.prompt":
+    if key == "synthesis.prompt" and not (text.startswith("[") and text.endswith("]")):
         value: Any = text
     elif key in ("output", "prior", *PATHS) and not text.startswith("{"):
         value = _text(text)

@@ -25,7 +25,6 @@ from diffdfkd.engine.painter import (
     Models,
     Painter,
     Painting,
-    class_prompts,
     first_losses,
     last_losses,
     round_,
@@ -41,6 +40,7 @@ from diffdfkd.engine.plan import (
 )
 from diffdfkd.engine.preview_file import read_preview
 from diffdfkd.engine.progress import progress_bar
+from diffdfkd.engine.prompts import class_prompts
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.engine.shard_writer import ShardWriter, Written
 from diffdfkd.engine.shards import DamagedShard

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INITIAL_NOISE, STEP_NOISE, CUTMIX, LABELS, EXAMPLES = range(5)
+INITIAL_NOISE, STEP_NOISE, CUTMIX, LABELS, EXAMPLES, PROMPTS, FORK, REPAIR = range(8)
 """Streams: numbers of different streams are independent."""
 
 _MASK = 0xFFFFFFFF

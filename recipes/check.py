@@ -51,7 +51,7 @@ def check(recipe: Recipe, *, json_file: Path | None = None, progress: bool = Tru
     models = Models(load_prior_for(recipe, teacher), teacher)
     images, asked, dropped = _draw(recipe, models, progress)
     # Of one prompt for all classes the teacher's answers say nothing.
-    known = asked if "{}" in recipe.synthesis.prompt else None
+    known = asked if all("{}" in template for template in recipe.synthesis.templates) else None
     native = max(models.prior.image_size)
     found = (read(teacher, hypothesis, images, known) for hypothesis in hypotheses(teacher.preprocessing, native))
     readings = [reading for reading in found if reading is not None]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from diffdfkd.engine.class_names import plain
+from diffdfkd.engine.class_names import class_words, plain
 from diffdfkd.engine.class_order import Order
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.engine.sanity import CLEARLY, NEAR, SIGNIFICANT, Judgement, Reading, above_chance, unrecognised
@@ -97,8 +97,9 @@ def findings(
 
 def _other_words(recipe: Recipe) -> list[str]:
     """Classes beside the words that they are drawn by, where neither is a part of the other."""
-    pairs = zip(recipe.teacher.classes, recipe.synthesis.words or recipe.teacher.classes, strict=True)
-    known = ((name, word, plain(name), plain(word)) for name, word in pairs)
+    classes = recipe.teacher.classes
+    pairs = zip(classes, class_words(recipe.synthesis.words, classes), strict=True)
+    known = ((name, word, plain(name), plain(word)) for name, own in pairs for word in own)
     return [f"{name} by {word}" for name, word, one, other in known if one not in other and other not in one]
 
 
@@ -208,7 +209,7 @@ def _order(recipe: Recipe, order: Order) -> Finding:
     if len(names) == len(classes):
         label_of = {output: label for label, output in order.output.items()}
         labels = [label_of[output] for output in range(len(classes))]
-        changes = {"teacher.classes": [classes[label] for label in labels]}
+        changes: dict[str, object] = {"teacher.classes": [classes[label] for label in labels]}
         if words is not None:
             changes["synthesis.words"] = [words[label] for label in labels]
         cure = " ".join(shlex.quote(f"{field}={_value(names)}") for field, names in changes.items())

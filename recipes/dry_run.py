@@ -103,13 +103,20 @@ def _plan(recipe: Recipe, device: str) -> Iterator[str]:
 
 def _prompts(recipe: Recipe) -> str:
     """Of the first class and how many there are: whether words and prompt read well is seen at a glance."""
-    from diffdfkd.engine.painter import class_prompts
+    from diffdfkd.engine.prompts import prompts_by_class
 
-    prompts = class_prompts(recipe)
-    others = len(set(prompts)) - 1
+    prompts = prompts_by_class(recipe)
+    first, more = prompts[0][0], len(prompts[0]) - 1
+    or_more = f" or {_others(more)}, drawn for each sample," if more else ""
+    others = len({prompt for own in prompts for prompt in own}) - len(prompts[0])
     if not others:
-        return f'"{prompts[0]}" for all {len(prompts):,} classes, which guidance alone tells apart'
-    return f'"{prompts[0]}" for {recipe.teacher.classes[0]}, and {others:,} other{"s" if others > 1 else ""}'
+        apart = "guidance alone tells" if recipe.guidance.mode != "none" else "nothing tells"
+        return f'"{first}"{or_more} for all {len(prompts):,} classes, which {apart} apart'
+    return f'"{first}"{or_more} for {recipe.teacher.classes[0]}, and {_others(others)}'
+
+
+def _others(count: int) -> str:
+    return f"{count:,} other{'s' if count > 1 else ''}"
 
 
 def _unet(recipe: Recipe, images: int) -> str:

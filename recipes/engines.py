@@ -40,7 +40,7 @@ def with_attention(recipe: Recipe, prior: "Prior") -> Recipe:
     import torch
 
     from diffdfkd.engine.backends.unet_attention import settle_attention
-    from diffdfkd.engine.painter import class_prompts, embed_prompts
+    from diffdfkd.engine.prompts import class_prompts, embed_prompts
     from diffdfkd.engine.stages import unet_stage
 
     engine = recipe.engine
@@ -104,7 +104,7 @@ def stages_of(recipe: Recipe) -> list[str]:
 def subject_of(recipe: Recipe, prior: "Prior", teacher: "Classifier") -> "Subject":
     """What the run's stages are made of."""
     from diffdfkd.engine.backends.serve import Subject
-    from diffdfkd.engine.painter import class_prompts, embed_prompts
+    from diffdfkd.engine.prompts import class_prompts, embed_prompts
 
     context, _ = embed_prompts(prior, class_prompts(recipe))
     return Subject(recipe, prior, teacher, context)

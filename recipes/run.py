@@ -93,6 +93,11 @@ def load_prior_for(recipe: Recipe, teacher: "Classifier") -> "Prior":
     table = make_table(recipe.synthesis.sampler, scheduler_config, recipe.synthesis.steps)
     if (doubt := late_start(table, scheduler_config)) is not None:
         log.warning("synthesis.steps: %s", doubt)
+    if recipe.guidance.mode == "none" and not any("{}" in template for template in recipe.synthesis.templates):
+        log.warning(
+            "synthesis.prompt: without {} and with guidance.mode=none nothing tells the classes apart, so that the "
+            "images' labels mean nothing; the teacher's answers alone teach the student"
+        )
     check_taps(teacher.model, recipe.guidance)
     with fitting("prior.path", "the prior", "give prior.dtype=bfloat16, a smaller prior, or another device"):
         prior = load_prior(recipe.prior.model_copy(update={"path": str(folder)}), recipe.device)

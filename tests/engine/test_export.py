@@ -19,9 +19,9 @@ from diffdfkd.engine.classifier import build_classifier
 from diffdfkd.engine.engine_stages import Batches, Stage
 from diffdfkd.engine.export import MODEL, export_stage
 from diffdfkd.engine.folded_upsampling import Form, by_phases, transposed
-from diffdfkd.engine.painter import class_prompts, embed_prompts
 from diffdfkd.engine.parity import TOLERANCES, Parity, measure_parity
 from diffdfkd.engine.prior import load_prior
+from diffdfkd.engine.prompts import class_prompts, embed_prompts
 from diffdfkd.engine.recipe import load_recipe
 from diffdfkd.engine.runner import NoEngine
 

@@ -232,6 +232,12 @@ CHOICES = [
     field("synthesis.sampler=dimm", 'synthesis.sampler: got "dimm"', "'ddim'", "'euler'"),
     field("synthesis.format=gif", 'synthesis.format: got "gif"', "'png' or 'webp'"),
     field("synthesis.words=[a]", "synthesis.words: got 1 words for 4 classes", "give one each"),
+    field('synthesis.prompt=["a {}", "a photo"]', "synthesis.prompt: templates without a place for the class", "{}"),
+    field(
+        "synthesis={prompt: a photo, words: [a, [b, c], d, e]}",
+        "synthesis.words: several words a class, but templates without a place for the class",
+        "put {} into synthesis.prompt",
+    ),
     field("guidance.mode=soft", 'guidance.mode: got "soft"', "'clean'", "'exact'", mended=True),
     field("guidance.rho_rule=big", 'guidance.rho_rule: got "big"', "'unit'"),
     field("guidance.rho=0", "guidance.rho: got 0", "guidance.mode=none"),
