@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # of a script only its own folder is there
+
 from test_distillation import make_student, toy_recipe, train
 
 from diffdfkd.engine import logits
