@@ -35,6 +35,8 @@ def diversity_section(folder: Path, result: Content) -> Part | None:
         rows.append(("Distance within a class", figure(distance["mean"])))
     if doubles:
         rows.append(("Near-duplicates", f"{doubles.get('count', 0):,} ({percent(doubles.get('share'), 1)})"))
+    beside: Content = found.get("beside_unguided") or {}
+    rows += _beside_rows(beside)
     by_class = zip(result.get("classes") or [], distance.get("per_class") or [], strict=False)
     measured = sorted((value, name) for name, value in by_class if value is not None)
     lines = [(name, value, f"{value:.2f}") for value, name in measured[:MOST_CLASSES]]
@@ -43,10 +45,29 @@ def diversity_section(folder: Path, result: Content) -> Part | None:
         which = f", the {MOST_CLASSES} lowest" if len(measured) > MOST_CLASSES else ", lowest first"
         chart = f"<h3>Distance by class{which}</h3>{bars(lines, max(measured[-1][0], UNRELATED))}"
     body = (
-        f'<p class="note">{escape(str(found.get("measure", "")))}.</p>'
+        f"{''.join(_note(part.get('measure', '')) for part in (found, beside) if part)}"
         f'<div class="columns"><div>{facts(rows)}</div><div>{chart}</div></div>{_doubles(folder, doubles)}'
     )
     return Part("diversity", "Diversity", body)
+
+
+def _note(measure: object) -> str:
+    return f'<p class="note">{escape(str(measure))}.</p>'
+
+
+def _beside_rows(beside: Content) -> list[tuple[str, str]]:
+    """What `compare_sets` found, each figure with the one of unguided images that it is to be read beside."""
+    if not beside:
+        return []
+    alike = f"(unguided among themselves {percent(beside.get('unguided'), 0)})"
+    distance: Content = beside.get("intra_class_distance") or {}
+    rows = [
+        ("Recall of the prior's own images", f"{percent(beside.get('recall'), 0)} {alike}"),
+        ("Precision beside them", f"{percent(beside.get('precision'), 0)} {alike}"),
+    ]
+    if distance.get("share") is not None:
+        rows.append(("Distance within a class, to the teacher", f"{percent(distance['share'], 0)} of the unguided"))
+    return rows
 
 
 def _doubles(folder: Path, doubles: Content) -> str:

@@ -54,11 +54,30 @@ class Doubles(_Row):
     examples: list[tuple[int, int]]
 
 
+class SideBySide(_Row):
+    guided: float | None
+    unguided: float | None
+    share: float | None
+
+
+class BesideUnguided(_Row):
+    """Recall and precision beside the prior's own samples."""
+
+    recall: float
+    precision: float
+    unguided: float
+    images: int
+    intra_class_distance: SideBySide
+    measure: str
+
+
 class Diversity(_Row):
     intra_class_distance: Distances
     near_duplicates: Doubles
     images: int
     measure: str
+    beside_unguided: BesideUnguided | None = None
+    """None of an unguided run, of few images, and of runs older than the figure."""
 
 
 class Result(_Row):

@@ -4,6 +4,7 @@ Weights are a function of the stored images, the teacher's kept answers, and the
 state, so that a resumed run draws the same batches.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,10 @@ LEAST_MASS = 0.5
 SCALINGS = 200
 BALANCED = 1e-6
 """Relative miss of a class's total at which balancing ends."""
+TOLERATED = 0.05
+"""Miss above which a word is said."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,8 @@ def select(
         top = torch.cat([shares.max(1).values for shares in _shares(logits, kept)])
         kept = kept[(top >= low) & (top <= high)]
         dropped["confidence"] = len(candidates) - len(kept)
-    if recipe.duplicates > 0:
-        small = torch.cat([thumbnails(batches.read_images(part)) for part in kept.split(TOGETHER)] or [torch.empty(0)])
+    if recipe.duplicates > 0 and len(kept):
+        small = torch.cat([thumbnails(batches.read_images(part)) for part in kept.split(TOGETHER)])
         first = ~repeated(small.to(device), recipe.duplicates)
         dropped["duplicates"] = len(kept) - int(first.sum())
         kept = kept[first]
@@ -96,6 +101,12 @@ def select(
     miss = None
     if recipe.balance > 0:
         weights, unbalanced, miss = balanced(weights, torch.cat(list(_shares(logits, kept))), recipe.balance)
+        if miss > TOLERATED:
+            log.warning(
+                "selection.balance: no weights bring the classes nearer than %.0f %% to what it asks for, since the "
+                "teacher is too unsure of these images; lower it, or leave it out",
+                100 * miss,
+            )
     whole = torch.zeros(batches.images, dtype=torch.float64)
     whole[kept] = (weights / weights.mean() * UNIT).round().clamp(min=1)
     return Selection(whole, dropped, disagreement, unbalanced, miss)
@@ -130,15 +141,18 @@ def balanced(weights: Tensor, shares: Tensor, strength: float) -> tuple[Tensor, 
     Found are the weights nearest to the given ones in relative entropy, by generalized iterative scaling (Darroch and
     Ratcliff 1972, Ann. Math. Stat. 43): w exp(shares @ factors), each factor raised by the log of wanted over found.
     For a teacher that is sure of every image one step is exact. Classes below LEAST_MASS keep their factor. Also
-    returns those, and the largest relative miss that is left.
+    returns those, and the largest relative miss that is left: above 0 where no weights would do, as for a teacher that
+    answers the same to all images.
     """
     masses = weights @ shares
     seen = masses >= LEAST_MASS * weights.mean()
-    powers = masses[seen] ** (1 - strength)
-    wanted = powers * masses[seen].sum() / powers.sum()
+    wanted = masses[seen] ** (1 - strength)
+    wanted *= masses[seen].sum() / wanted.sum()
     factors = torch.zeros_like(masses)
     for _ in range(SCALINGS):
-        moved = weights * torch.exp(shares @ factors)
+        powers = shares @ factors
+        moved = weights * torch.exp(powers - powers.max())
+        moved *= weights.sum() / moved.sum()
         ratio = wanted / (moved @ shares)[seen]
         miss = (ratio - 1).abs().max().item()
         if miss < BALANCED:

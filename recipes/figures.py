@@ -44,6 +44,7 @@ def finish(
     """Evaluate the student, write its ONNX file and card, ``result.json`` and the report; returns the result."""
     from diffdfkd.engine.diversity import measure_diversity
     from diffdfkd.engine.evaluation import evaluate
+    from diffdfkd.engine.reference import beside_reference
     from diffdfkd.engine.report import write_report
     from diffdfkd.engine.weights import digest
     from diffdfkd.recipes.run import shard_images
@@ -66,7 +67,9 @@ def finish(
     diversity = None
     if folder.images is None:
         with stage(journal, "diversity", recipe):
-            diversity = measure_diversity(shard_images(folder, recipe.rounds)[0], len(recipe.teacher.classes))
+            images, _ = shard_images(folder, recipe.rounds)
+            diversity = measure_diversity(images, len(recipe.teacher.classes))
+            diversity["beside_unguided"] = beside_reference(folder.path, teacher, images)
     licences = run_licences(folder.path, recipe, folder.images)
     with stage(journal, "export", recipe):
         onnx = export_student(folder.path, recipe, licences, digest(folder.student))

@@ -44,6 +44,7 @@ def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         if (result := finished(folder, preview=True)) is not None:
             return result
         from diffdfkd.engine.preview import preview_pairs
+        from diffdfkd.engine.reference import keep_reference
         from diffdfkd.engine.synthesis import Models, synthesize
 
         use_device(recipe)
@@ -59,6 +60,8 @@ def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
                 if round == 0:
                     with stage(journal, "preview", recipe):
                         preview_pairs(recipe, models, folder.path, journal)
+                    with stage(journal, "reference", recipe):
+                        keep_reference(recipe, models, folder.path, journal)
                 with stage(journal, "synthesis", recipe):
                     synthesize(recipe, models, round, folder.path, journal, progress)
                 if not folder.snapshot_of(round).is_file():

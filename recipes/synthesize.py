@@ -22,6 +22,7 @@ def synthesize(recipe: Recipe, *, progress: bool = True) -> str:
     started = time.perf_counter()
     from diffdfkd.engine.classifier import build_classifier
     from diffdfkd.engine.preview import preview_pairs
+    from diffdfkd.engine.reference import keep_reference
     from diffdfkd.engine.synthesis import Models
     from diffdfkd.engine.synthesis import synthesize as make_shards
 
@@ -37,6 +38,8 @@ def synthesize(recipe: Recipe, *, progress: bool = True) -> str:
             tell_engines(choices, journal)
             with stage(journal, "preview", recipe):
                 preview_pairs(recipe, models, folder.path, journal)
+            with stage(journal, "reference", recipe):
+                keep_reference(recipe, models, folder.path, journal)
             with stage(journal, "synthesis", recipe):
                 made = make_shards(recipe, models, 0, folder.path, journal, progress)
     rate = f", {made.made} of them made now at {made.made / made.seconds:.1f} a second" if made.seconds else ""

@@ -197,6 +197,24 @@ def test_of_sure_answers_balance_is_one_over_the_class_s_count() -> None:
     assert found.effective == pytest.approx(1 / (expected**2).sum().item(), rel=1e-4)
 
 
+def test_what_cannot_be_balanced_stays_finite_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    same = torch.tensor([2.0, 0.0, 0.0]).expand(30, 3)
+    found = chosen(Noise(30), same, balance=1.0)
+    assert set(found.weights.tolist()) == {float(UNIT)} and found.effective == 30
+    assert found.balance_miss is not None and found.balance_miss > 0.5
+    assert "selection.balance: no weights bring the classes nearer" in caplog.text
+    # Three lean the way that all would have to, and not far enough: they get the weight, and all numbers stay finite.
+    few = torch.tensor([9.0, 0.0, -9.0]).repeat(30, 1)
+    few[7:10] = torch.tensor([0.4, 0.0, -9.0])
+    found = chosen(Noise(30), few, balance=1.0)
+    assert torch.isfinite(found.weights).all() and (found.weights > 0).all() and found.unbalanced == [2]
+    assert found.effective == pytest.approx(3, abs=0.1) and found.weights.topk(3).indices.sort().values.tolist() == [
+        7,
+        8,
+        9,
+    ]
+
+
 def test_disagreement_weighs_by_the_divergence_from_the_student() -> None:
     images, student = Noise(30), make_student(1)
     logits = torch.randn(30, 4, generator=torch.Generator().manual_seed(1)) * 3
