@@ -145,7 +145,8 @@ class Painter:
         return finish
 
     def _fitting(self, ids: Tensor) -> AbstractContextManager[None]:
-        return fitting("synthesis.batch_size", f"a batch of {len(ids):,} images on the {self.device.type}", SMALLER)
+        tried = f"a batch of {len(ids):,} images on the {self.device.type}"
+        return fitting("synthesis.batch_size", tried, smaller(self.recipe))
 
     @contextmanager
     def _beside(self, ready: Any) -> Iterator[None]:
@@ -183,7 +184,8 @@ class Painter:
         # Resized as the teacher would resize, so that it sees in the file what it saw during guidance.
         mode = teacher.interpolation if size == teacher.size else "bilinear"
         finished, whole = [], []
-        for part in latents.split(max(1, LATENT_PIXELS_AT_ONCE // latents[0, 0].numel())):
+        at_once = max(1, LATENT_PIXELS_AT_ONCE // latents[0, 0].numel())
+        for part in latents.split(min(at_once, self.recipe.guidance.micro_batch or at_once)):
             images = self.decode(part)
             whole.append(finite(images))
             if teacher.channels == 1:
@@ -256,12 +258,27 @@ def _given(painting: Painting) -> Painting:
     return painting
 
 
-def refuse_batch(prior: Prior, images: int) -> None:
-    """UserError for a batch whose latents and images alone are more than all memory, before any is taken."""
+def smaller(recipe: Recipe) -> str:
+    """The cure for a batch that does not fit: micro-batches too, where the recipe can have them."""
+    guidance, engine = recipe.guidance, recipe.engine
+    if guidance.micro_batch is not None:
+        return f"lower guidance.micro_batch, now {guidance.micro_batch}, or {SMALLER}"
+    if guidance.mode == "clean" and {engine.unet, engine.chain} <= {"auto", "eager"}:
+        return f"set guidance.micro_batch, the images that the networks see at once, or {SMALLER}"
+    return SMALLER
+
+
+def refuse_batch(prior: Prior, images: int, micro_batch: int | None = None) -> None:
+    """UserError for a batch whose latents and images alone are more than all memory, before any is taken.
+
+    Of the images there are no more than ``micro_batch`` at once.
+    """
     device = next(prior.unet.parameters()).device
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_memory()
-    values = 4 * math.prod(prior.latent_shape) + prior.channels * math.prod(prior.image_size)
-    refuse_more("synthesis.batch_size", f"a batch of {images:,} images", 4 * values * images, there, SMALLER)
+    pixels = min(images, micro_batch or images) * prior.channels * math.prod(prior.image_size)
+    needed = 4 * (4 * math.prod(prior.latent_shape) * images + pixels)
+    cure = SMALLER if micro_batch else f"{SMALLER}, or set guidance.micro_batch where images are what is too many"
+    refuse_more("synthesis.batch_size", f"a batch of {images:,} images", needed, there, cure)
 
 
 def uses_student(recipe: Recipe, round: int) -> bool:

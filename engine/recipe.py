@@ -3,6 +3,7 @@
 Nothing heavy is imported and no device is probed here, so that a mistake in a recipe costs a second.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -181,9 +182,9 @@ class GuidanceRecipe(Section):
     """The same of the BatchNorm loss."""
     adversarial_window: Window = (0.0, 1.0)
     """The same of the adversarial loss."""
-    layers: Literal["all"] | list[Annotated[str, Field(min_length=1)]] = "all"
+    layers: Literal["all"] | list[str] = "all"
     """BatchNorm layers that L_bn is taken over: names in the teacher's network, or patterns such as ``layer4.*``."""
-    layer_weights: Literal["equal", "relative"] | list[Positive] = "equal"
+    layer_weights: Literal["equal", "relative"] | list[float] = "equal"
     """What each layer counts in L_bn; ``relative``: its distances divided by the norms of its own running mean and
     variance, so that no layer leads by its scale; or a number for each layer, in the order of the network."""
     statistics: Literal["batch", "class"] = "batch"
@@ -191,6 +192,25 @@ class GuidanceRecipe(Section):
     micro_batch: Count | None = None
     """Images that the networks see at once, whatever ``synthesis.batch_size``: L_bn is still that of the whole batch,
     exactly, for one more forward through decoder and teacher. Mode ``clean`` alone."""
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _named(cls, layers: Any) -> Any:
+        if layers != "all" and not (
+            isinstance(layers, list) and layers and all(isinstance(each, str) for each in layers)
+        ):
+            raise ValueError("'all', or a list of names or patterns, as in ['layer3.*', 'layer4.*']")
+        return layers
+
+    @field_validator("layer_weights", mode="before")
+    @classmethod
+    def _weighed(cls, weights: Any) -> Any:
+        numbers = isinstance(weights, list) and all(
+            type(each) in (int, float) and 0 < each < math.inf for each in weights
+        )
+        if weights not in ("equal", "relative") and not numbers:
+            raise ValueError("'equal', 'relative', or a list with a number greater than 0 for each layer")
+        return weights
 
     @field_validator("window", "class_window", "batchnorm_window", "adversarial_window", mode="before")
     @classmethod

@@ -160,6 +160,8 @@ def _guidance(recipe: Recipe, images: int) -> str:
     terms = ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight > 0)
     mix = recipe.cutmix
     mixed = f"; latent CutMix every {_many(mix.every, 'step')} ({mix.partner})" if mix.every else ""
+    if guidance.micro_batch is not None:
+        mixed += f"; in micro-batches of {guidance.micro_batch}, with one more forward each for L_bn of the whole batch"
     return (
         f"{guidance.mode}, {guided} of {steps} steps, each a gradient through decoder and teacher: "
         f"{guided * images:,} in all; {terms}; rho {guidance.rho:g} {guidance.rho_rule}{mixed}"

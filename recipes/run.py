@@ -104,7 +104,8 @@ def load_prior_for(recipe: Recipe, teacher: "Classifier") -> "Prior":
     check_taps(teacher.model, recipe.guidance)
     with fitting("prior.path", "the prior", "give prior.dtype=bfloat16, a smaller prior, or another device"):
         prior = load_prior(recipe.prior.model_copy(update={"path": str(folder)}), recipe.device)
-    refuse_batch(prior, min(recipe.synthesis.batch_size, round_samples(recipe, 0)))
+    images = min(recipe.synthesis.batch_size, round_samples(recipe, 0))
+    refuse_batch(prior, images, recipe.guidance.micro_batch)
     return prior
 
 

@@ -223,6 +223,16 @@ def test_refuses_networks_in_training_mode_and_guidance_without_a_term(decoder, 
         guidance_chain(decoder, teacher, None, alone)
 
 
+def test_weights_of_a_call_are_those_of_the_recipe_to_the_bit(decoder, teacher, student):
+    given = batch(5, torch.float32)
+    networks = [network.float() for network in (decoder, teacher, student)]
+    chain = guidance_chain(*networks[:2], BatchNormTaps(teacher), WEIGHTS, student)
+    plain, told = chain(*given), chain(*given, torch.tensor([0.7, 0.3, 0.5]))
+    assert all(torch.equal(a, b) for a, b in zip(plain, told, strict=True))
+    other = chain(*given, torch.tensor([0.7, 0.3, 0.0]))
+    assert not torch.equal(other.gradient, told.gradient) and torch.equal(other.losses[1:], told.losses[1:])
+
+
 def check_ports(ports, tensors):
     for port, tensor in zip(ports, tensors, strict=True):
         assert (port.shape, port.dtype) == (tuple(tensor.shape), tensor.dtype), port.name

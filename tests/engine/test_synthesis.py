@@ -104,6 +104,39 @@ def test_images_are_saved_as_the_teacher_sees_them(make, models, interpolation):
     assert torch.equal(images, (seen * 255).round().clamp(0, 255).to(torch.uint8))
 
 
+@pytest.mark.parametrize("statistics", ["batch", "class"])
+def test_micro_batches_are_as_one_batch(make, models, statistics):
+    fields = ["synthesis.batch_size=7", "guidance.batchnorm_weight=0.5", f"guidance.statistics={statistics}"]
+    seen = []
+    hooks = [
+        network.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+        for network in (models.prior.unet, models.prior.vae.decoder, models.teacher.model)
+    ]
+    ids = torch.arange(7)
+    latents = {}
+    for size in ("null", 3):
+        seen.clear()
+        with Painter(make(*fields, f"guidance.micro_batch={size}"), models, 0) as painter:
+            latents[size] = painter._denoise(ids, ids % len(CLASSES), True, False)[1].latents
+            painter._finish(latents[size])
+        # Of the UNet two rows an image.
+        assert max(seen) == {"null": 14, 3: 6}[size]
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(latents[3], latents["null"], rtol=1e-3, atol=1e-4)
+    with Painter(make(*fields, "synthesis.batch_size=3"), models, 0) as painter:
+        alone = painter._denoise(ids[:3], ids[:3] % len(CLASSES), True, False)[1].latents
+    assert not torch.allclose(alone, latents["null"][:3], rtol=1e-3, atol=1e-4)
+
+
+def test_shards_say_nothing_of_what_is_by_default(make):
+    plain, other = (plan.synthesis_choices(make(*given), "p", "t") for given in ([], ["guidance.rho_schedule=rising"]))
+    fields = {"guidance.mode", "guidance.class_weight", "guidance.batchnorm_weight", "guidance.adversarial_weight"}
+    fields |= {"guidance.rho", "guidance.rho_rule", "guidance.window", "guidance.every"}
+    assert {field for field in plain if field.startswith("guidance.")} == fields
+    assert set(other) - set(plain) == {"guidance.rho_schedule"}
+
+
 def test_two_runs_give_the_same_bytes(make, models, tmp_path):
     summary = run(make(), models, tmp_path / "a")
     run(make(), models, tmp_path / "b")

@@ -42,6 +42,21 @@ def link_within(path: Path) -> None:
     (path / "onnxruntime").symlink_to("/tmp")
 
 
+MICRO = [
+    Case(
+        "micro-batches on an engine",
+        given("guidance.micro_batch=2", "engine.chain=onnxruntime"),
+        "guidance.micro_batch: got 2, but engine.chain is onnxruntime",
+        ("give engine.chain=eager",),
+    ),
+    Case(
+        "micro-batches in another precision",
+        given("guidance.micro_batch=2", "engine.precision=bfloat16"),
+        "guidance.micro_batch: got 2, but engine.precision is bfloat16",
+        ("give prior.dtype",),
+    ),
+]
+
 CACHES = [
     Case(
         "file as cache", cached(file, ONNX), "engine.cache: {folder}/cache", ("Not a directory", "engine.cache=FOLDER")
@@ -116,4 +131,4 @@ if importlib.util.find_spec("tensorrt_rtx"):
         )
     ]
 
-CASES = [*CACHES, *ENGINES]
+CASES = [*MICRO, *CACHES, *ENGINES]

@@ -237,6 +237,13 @@ CASES = [
         "student.weights: ",
         (),
     ),
+    Case("layer that is none", given("guidance.layers=[nine.*]"), "guidance.layers: 'nine.*' matches none", ("are ",)),
+    Case(
+        "too few weights of layers",
+        given("guidance.layer_weights=[1,2]"),
+        "guidance.layer_weights: got 2 numbers for ",
+        ("one each",),
+    ),
     Case("no BatchNorm to listen to", without_batchnorm, "guidance.batchnorm_weight: ", ("BatchNorm", "0")),
     Case(
         "class activation maps of a student without a map",
