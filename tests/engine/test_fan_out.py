@@ -151,7 +151,7 @@ def test_children_are_those_of_the_plain_formulation(sampler: str, mode: str) ->
     plan = planned(CutMixRecipe(partner="any"))
     generator = torch.Generator().manual_seed(4)
     noise, context = torch.randn(B, *LATENT, generator=generator), torch.randn(2 * B, 3, 4, generator=generator)
-    names = "input_scale x0_z x0_m eps_z eps_m z x0 eps previous noise alpha sigma".split()
+    names = ["input_scale", "x0_z", "x0_m", "eps_z", "eps_m", "z", "x0", "eps", "previous", "noise", "alpha", "sigma"]
 
     def step(index: int, z: Tensor, before: Tensor, targets: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         row = dict(zip(names, table.rows[index], strict=True))
