@@ -6,6 +6,7 @@ is theirs they count on the device. Recording happens at a kind's first step, af
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from diffdfkd.engine.combinations import guided_steps
 from diffdfkd.engine.cutmix import CutMixPlan
 from diffdfkd.engine.guidance_schedule import GuidanceSchedule
 from diffdfkd.engine.recipe import GuidanceRecipe
-from diffdfkd.engine.sampler import Kind, Loop, Trajectory
+from diffdfkd.engine.sampler import Kind, Loop, Trajectory, travel
 from diffdfkd.engine.schedule import Table
-from diffdfkd.engine.stages import BufferedUNet, Chain, UNet, finite
+from diffdfkd.engine.stages import BufferedUNet, Chain, UNet
+from diffdfkd.kernels.advance import Advance
 from diffdfkd.kernels.launch import Kernel
 from diffdfkd.kernels.row import row_at, start_counter
 from diffdfkd.kernels.step_inputs import Draw, Mix, NextInput, write_input
@@ -78,28 +80,38 @@ class CapturedSampler:
     @torch.no_grad()
     def __call__(self, context: Tensor, noise: Tensor, sample_ids: Tensor, plan: CutMixPlan) -> Trajectory:
         """As `sample`; what is returned is the caller's."""
-        table, targets = self.table, plan.targets.to(self.z.device)
+        table, device = self.table, self.z.device
+        plan, prompts = plan.to(device), context[-len(noise) :].to(device)
         self.context.copy_(context)
-        self.ids.copy_(sample_ids)
-        mixed = any(plan.mixes)
-        if mixed:
-            self.partners.copy_(plan.partners)
-            self.boxes.copy_(plan.boxes)
         self.z.copy_(noise.float() * table.initial_scale)
         self.alive.fill_(True)
         self.frozen.zero_()
         self.step.zero_()
         self.next_input.timestep.copy_(self.timesteps[0].expand_as(self.next_input.timestep))
         write_input(self.next_input.sample, row_at(self.rows, self.step[:1]).input_scale * self.z)
-        losses = torch.full((table.steps, 4), torch.nan, device=self.z.device)
-        for index in range(table.steps):
-            last = index + 1 == table.steps
-            kind = Kind(self.guided[index], table.draws[index], last, not last and table.looks_back[index + 1])
-            self.target.copy_(targets[index])
-            self._replay(kind, mixed, table.looks_back[index])()
-            if kind.guided:
-                losses[index].copy_(self.loss)
-        return Trajectory(self.z.clone(), self.alive & finite(self.z), targets[-1], losses, self.frozen.clone())
+        state = Advance(self.z, self.previous_x0, self.alive)
+        ended = travel(self._enter, self._step, state, plan, sample_ids.to(device), prompts, table.steps)
+        return replace(ended, latents=ended.latents.clone(), frozen=ended.frozen.clone())
+
+    def _enter(self, plan: CutMixPlan, sample_ids: Tensor) -> Loop:
+        self.ids.copy_(sample_ids)
+        mixed = any(plan.mixes)
+        if mixed:
+            self.partners.copy_(plan.partners)
+            self.boxes.copy_(plan.boxes)
+        return self.loops[mixed]
+
+    def _step(self, index: int, loop: Loop, state: Advance, target: Tensor) -> tuple[Advance, Tensor | None]:
+        table, own = self.table, Advance(self.z, self.previous_x0, self.alive)
+        for buffer, value in zip(own, state, strict=True):
+            # Of a step of its own it lies there already.
+            if buffer is not None and value is not None and value is not buffer:
+                buffer.copy_(value)
+        last = index + 1 == table.steps
+        kind = Kind(self.guided[index], table.draws[index], last, not last and table.looks_back[index + 1])
+        self.target.copy_(target)
+        self._replay(kind, loop.mix is not None, table.looks_back[index])()
+        return own, self.loss.clone() if kind.guided else None
 
     def _replay(self, kind: Kind, mixed: bool, looks_back: bool) -> Callable[[], None]:
         key = (kind, mixed, looks_back)

@@ -13,7 +13,7 @@ from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.windows import acting_steps, window_steps
 
 if TYPE_CHECKING:
-    from diffdfkd.engine.recipe import GuidanceRecipe, Recipe
+    from diffdfkd.engine.recipe import GuidanceRecipe, Recipe, SynthesisRecipe
 
 MOST_SHARDS = 100_000
 """Of a run: far above what is of use, far below what fills memory and folders."""
@@ -40,6 +40,27 @@ def guided_steps(guidance: "GuidanceRecipe", steps: int) -> list[bool]:
         )
     chosen = acting_steps(guidance, inside[:: guidance.every], steps)
     return [step in chosen for step in range(steps)]
+
+
+def fork_step(synthesis: "SynthesisRecipe") -> int:
+    """Steps of the trunk that the children of a fan-out share; all of them where none forks."""
+    if synthesis.fan_out == 1:
+        return synthesis.steps
+    # Rounded, as the window of guidance is.
+    return math.ceil(round(synthesis.fork * synthesis.steps, 9))
+
+
+def step_runs(synthesis: "SynthesisRecipe") -> list[int]:
+    """Per step, how often it is run for a batch and its children: once in the trunk, then once a child."""
+    fork = fork_step(synthesis)
+    return [1] * fork + [synthesis.fan_out] * (synthesis.steps - fork)
+
+
+def guided_runs(recipe: "Recipe") -> int:
+    """How often a guided step is run for a batch and its children."""
+    synthesis = recipe.synthesis
+    guided = guided_steps(recipe.guidance, synthesis.steps)
+    return sum(run for run, steers in zip(step_runs(synthesis), guided, strict=True) if steers)
 
 
 def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
@@ -126,8 +147,16 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
             f"got {cutmix.every} with synthesis.steps={synthesis.steps}: a mix needs a later step to repair its seam; "
             f"set it to {synthesis.steps - 1} or less, or to 0",
         )
+    if cutmix.repair == "masked" and synthesis.sampler != "ddim":
+        yield (
+            "cutmix.repair",
+            f"masked knows the noise levels of ddim alone, but synthesis.sampler is {synthesis.sampler}; take "
+            "synthesis.sampler=ddim, or cutmix.repair=steps",
+        )
+    if synthesis.fan_out > 1:
+        yield from _no_fork(recipe)
     images = synthesis.images_per_class * len(teacher.classes)
-    shards = -(-images // (synthesis.batch_size * synthesis.batches_per_shard))
+    shards = -(-images // (synthesis.batch_size * synthesis.batches_per_shard * synthesis.fan_out))
     if shards > MOST_SHARDS:
         yield (
             "synthesis.images_per_class",
@@ -188,11 +217,46 @@ def _no_micro_batch(recipe: "Recipe", size: int) -> Iterable[tuple[str, str]]:
 
 
 def round_samples(recipe: "Recipe", round: int) -> int:
-    """The run's images are dealt out to the rounds evenly, in whole sets of classes where each round can have one."""
+    """The run's images are dealt out to the rounds evenly, in whole sets of classes where each round can have one.
+
+    With fan-out the children of a set go with it.
+    """
     classes, per_class = len(recipe.teacher.classes), recipe.synthesis.images_per_class
-    unit = classes if per_class >= recipe.rounds else 1
+    fan_out = recipe.synthesis.fan_out
+    unit = classes * fan_out if per_class // fan_out >= recipe.rounds else 1
     units = classes * per_class // unit
     return unit * (units * (round + 1) // recipe.rounds - units * round // recipe.rounds)
+
+
+def _no_fork(recipe: "Recipe") -> Iterable[tuple[str, str]]:
+    """What keeps trajectories from forking into children that take boxes from each other."""
+    synthesis, cutmix = recipe.synthesis, recipe.cutmix
+    fan_out, per_class = synthesis.fan_out, synthesis.images_per_class
+    fork = fork_step(synthesis)
+    if not 1 <= fork < synthesis.steps:
+        yield (
+            "synthesis.fork",
+            f"got {synthesis.fork} of synthesis.steps={synthesis.steps}: a fork needs a step before it and one after "
+            f"it; give {1 / synthesis.steps:.3g} to {1 - 1 / synthesis.steps:.3g}, or synthesis.fan_out=1"
+            if synthesis.steps > 1
+            else "one step has no place for a fork; give synthesis.steps=2 or more, or synthesis.fan_out=1",
+        )
+    if synthesis.batch_size < 2:
+        yield (
+            "synthesis.fan_out",
+            f"got {fan_out}, but synthesis.batch_size is 1: children take boxes from other trajectories of the batch; "
+            "raise it, or set synthesis.fan_out=1",
+        )
+    if per_class % fan_out or per_class // fan_out < recipe.rounds:
+        least = fan_out * max(recipe.rounds, -(-per_class // fan_out))
+        yield (
+            "synthesis.fan_out",
+            f"got {fan_out} with synthesis.images_per_class={per_class} and rounds={recipe.rounds}: children have "
+            "their parent's class, so each class needs a multiple of fan_out images, one of them or more a round; give "
+            f"synthesis.images_per_class={least}",
+        )
+    if cutmix.partner == "within":
+        yield from _no_partner_within(recipe)
 
 
 def _no_place_for_the_class(recipe: "Recipe") -> Iterable[tuple[str, str]]:
@@ -307,9 +371,10 @@ def _no_partner_within(recipe: "Recipe") -> Iterable[tuple[str, str]]:
             f"within finds no partner: with synthesis.batch_size={batch} no batch holds one of the {classes} classes "
             f"twice; raise synthesis.batch_size above {classes}, {cure}",
         )
-    elif per_class <= recipe.rounds:
+    elif per_class // recipe.synthesis.fan_out <= recipe.rounds:
         yield (
             "cutmix.partner",
             f"within finds no partner: synthesis.images_per_class={per_class} over rounds={recipe.rounds} is at most "
-            f"one image of a class a round; raise synthesis.images_per_class above {recipe.rounds}, {cure}",
+            f"one {'image' if recipe.synthesis.fan_out == 1 else 'trajectory'} of a class a round; raise "
+            f"synthesis.images_per_class above {recipe.rounds * recipe.synthesis.fan_out}, {cure}",
         )

@@ -4,7 +4,8 @@ After a mixed step a box of a sample's latent is replaced by the same box of its
 the loop, from (seed, sample, step) alone; the kernel of the step only reads the plan.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,38 @@ class Parent(NamedTuple):
     """Share of the latent inside the box."""
 
 
+class Repair(NamedTuple):
+    """Masked re-denoising of the seams, after RePaint (Lugmayr et al., 2022, arXiv 2201.09865)."""
+
+    band: int
+    """Latent pixels on either side of a box's border that are denoised again."""
+    passes: int
+
+
+class Branch(NamedTuple):
+    """How the children of a batch leave its trunk (engine/fan_out.py)."""
+
+    step: int
+    """Steps of the trunk: the first that the children run for themselves."""
+    ids: Tensor
+    """[B] int64, of the children."""
+    partners: Tensor
+    """[B] int64, index in the batch of the sample whose box is taken; itself: none is."""
+    boxes: Tensor
+    """[B, 4] int32, as in the plan."""
+
+    def to(self, device: torch.device) -> "Branch":
+        return Branch(self.step, self.ids.to(device), self.partners.to(device), self.boxes.to(device))
+
+
+class Tail(NamedTuple):
+    """The rest of a trajectory that B children run."""
+
+    branch: Branch
+    plan: "CutMixPlan"
+    """Of all steps; those of the trunk are as in the trunk's plan."""
+
+
 @dataclass(frozen=True)
 class CutMixPlan:
     """CutMix of a batch of B samples over S steps."""
@@ -44,6 +77,22 @@ class CutMixPlan:
     """Per sample, in the order of the steps."""
     size: tuple[int, int]
     """Height and width of the latents."""
+    shares: Mapping[int, Tensor] = field(default_factory=dict)
+    """Where prompts are blended: by the step from which it holds, the share [B, B] of each sample's pixels that came
+    from each sample of the batch. Before the first all is everyone's own."""
+    repair: Repair | None = None
+    tails: tuple[Tail, ...] = ()
+    """The batches of children after the first, which is what this plan itself ends in."""
+
+    @property
+    def lineage(self) -> tuple[tuple[Parent, ...], ...]:
+        """Parents of all that the trajectory ends in: of the batch itself, then tail by tail."""
+        return self.parents + tuple(parents for tail in self.tails for parents in tail.plan.parents)
+
+    @property
+    def blends(self) -> bool:
+        """Whether any step has another context than the one before."""
+        return bool(self.shares) or any(tail.plan.shares for tail in self.tails)
 
     def __post_init__(self) -> None:
         """Raises ValueError for a box outside the latent or a partner outside the batch, of a plan on the CPU.
@@ -56,7 +105,12 @@ class CutMixPlan:
     def to(self, device: torch.device) -> "CutMixPlan":
         """The same plan with its tensors on the device."""
         return replace(
-            self, partners=self.partners.to(device), boxes=self.boxes.to(device), targets=self.targets.to(device)
+            self,
+            partners=self.partners.to(device),
+            boxes=self.boxes.to(device),
+            targets=self.targets.to(device),
+            shares={step: shares.to(device) for step, shares in self.shares.items()},
+            tails=tuple(Tail(tail.branch.to(device), tail.plan.to(device)) for tail in self.tails),
         )
 
 
@@ -84,11 +138,14 @@ def plan_cutmix(
     size: tuple[int, int],
     seed: int,
     sample_ids: Tensor,
+    branch: Branch | None = None,
 ) -> CutMixPlan:
     """Plan for samples of ``classes`` [B] with global ``sample_ids`` [B], on latents of ``size`` (h, w).
 
     A pure function of its arguments, computed on the CPU and returned on the device of ``classes``. A label is the
     share of each class in the latent, counted pixel by pixel after clipping and rounding and over all earlier mixes.
+    With a ``branch`` (on the CPU) it is that of its children, who take its boxes between two steps and are drawn by
+    their own ids from then on.
     """
     device = classes.device
     classes, sample_ids = classes.cpu().long(), sample_ids.cpu().long()
@@ -97,22 +154,33 @@ def plan_cutmix(
     partners = own.repeat(steps, 1)
     boxes = torch.zeros(steps, batch, 4, dtype=torch.int32)
     targets = torch.empty(steps + 1, batch, n_classes)
-    owners = classes.view(batch, 1, 1).expand(batch, height, width)  # class that each latent pixel came from
+    owners = own.view(batch, 1, 1).expand(batch, height, width)  # sample that each latent pixel came from
     parents: list[list[Parent]] = [[] for _ in range(batch)]
+    shares: dict[int, Tensor] = {}
+
+    def take(step: int, partners: Tensor, boxes: Tensor, ids: Tensor) -> Tensor:
+        """Owners after a mix, which is noted."""
+        areas = box_share(boxes, height, width).tolist()
+        for sample in (partners != own).nonzero().flatten().tolist():
+            top, left, bottom, right = boxes[sample].tolist()
+            parents[sample].append(Parent(step, int(ids[partners[sample]]), (top, left, bottom, right), areas[sample]))
+        return torch.where(box_mask(boxes, height, width)[:, 0], owners[partners], owners)
+
     chosen = set(mixed_steps(recipe, steps))
+    targets[0] = _shares(classes[owners], n_classes)
     for step in range(steps):
-        targets[step] = _shares(owners, n_classes) if step - 1 in chosen or step == 0 else targets[step - 1]
-        if step not in chosen:
-            continue
-        partners[step], boxes[step] = _draw(recipe, classes, size, philox_uniform(seed, sample_ids, step, CUTMIX, 5))
-        areas = box_share(boxes[step], height, width).tolist()
-        for sample in (partners[step] != own).nonzero().flatten().tolist():
-            top, left, bottom, right = boxes[step, sample].tolist()
-            partner = int(sample_ids[partners[step, sample]])
-            parents[sample].append(Parent(step, partner, (top, left, bottom, right), areas[sample]))
-        mask = box_mask(boxes[step], height, width)[:, 0]  # [B, h, w]
-        owners = torch.where(mask, owners[partners[step]], owners)
-    targets[steps] = targets[steps - 1]  # the last step never mixes
+        ids = sample_ids if branch is None or step < branch.step else branch.ids
+        before = owners
+        if step in chosen:
+            uniform = philox_uniform(seed, ids, step, CUTMIX, 5)
+            partners[step], boxes[step] = draw_boxes(recipe, classes, size, uniform, recipe.probability)
+            owners = take(step, partners[step], boxes[step], ids)
+        if branch is not None and step + 1 == branch.step:
+            owners = take(step, branch.partners, branch.boxes, sample_ids)
+        # The last step never mixes.
+        targets[step + 1] = targets[step] if owners is before else _shares(classes[owners], n_classes)
+        if owners is not before and recipe.prompt == "blend":
+            shares[step + 1] = _shares(owners, batch)
     return CutMixPlan(
         partners=partners,
         boxes=boxes,
@@ -120,11 +188,23 @@ def plan_cutmix(
         mixes=tuple((partners != own).any(1).tolist()),
         parents=tuple(tuple(own_parents) for own_parents in parents),
         size=size,
+        shares=shares,
+        repair=Repair(recipe.band, recipe.passes) if recipe.repair == "masked" else None,
     ).to(device)
 
 
-def _draw(recipe: CutMixRecipe, classes: Tensor, size: tuple[int, int], uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Partners [B] and boxes [B, 4] of one step from uniforms [B, 5]; no partner or an empty box: not mixed."""
+def draw_boxes(
+    recipe: CutMixRecipe,
+    classes: Tensor,
+    size: tuple[int, int],
+    uniform: Tensor,
+    probability: float,
+    least: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Partners [B] and boxes [B, 4] of one mix from uniforms [B, 5]; no partner or an empty box: not mixed.
+
+    ``least`` is the smallest share of the area that a box is asked to have.
+    """
     own = torch.arange(len(classes))
     same = classes[:, None] == classes[None, :]
     candidates = {"within": same, "across": ~same, "any": torch.ones_like(same)}[recipe.partner]
@@ -133,10 +213,10 @@ def _draw(recipe: CutMixRecipe, classes: Tensor, size: tuple[int, int], uniform:
     # The k-th candidate of each row, k uniform.
     rank = (uniform[:, 1] * counts).long().clamp(max=(counts - 1).clamp(min=0))
     partner = ((candidates.cumsum(1) == rank[:, None] + 1) & candidates).int().argmax(1)
-    area = 1 - beta_quantile(uniform[:, 2], recipe.alpha)
+    area = (1 - beta_quantile(uniform[:, 2], recipe.alpha)).clamp(min=least)
     boxes = box_from_area(area, uniform[:, 3:5], *size)
     empty = box_share(boxes, *size) == 0
-    mixed = (uniform[:, 0] < recipe.probability) & (counts > 0) & ~empty
+    mixed = (uniform[:, 0] < probability) & (counts > 0) & ~empty
     return torch.where(mixed, partner, own), torch.where(mixed[:, None], boxes, 0)
 
 
@@ -159,8 +239,8 @@ def beta_quantile(uniform: Tensor, alpha: float) -> Tensor:
     return torch.where(uniform < 0.5, half, 1 - half)
 
 
-def _shares(owners: Tensor, n_classes: int) -> Tensor:
-    """Share of each class among the pixels [B, h, w] -> float32 [B, K]."""
+def _shares(owners: Tensor, n: int) -> Tensor:
+    """Share of each of n owners among the pixels [B, h, w] -> float32 [B, n]."""
     pixels = owners.flatten(1)
-    counts = torch.zeros(len(pixels), n_classes).scatter_add_(1, pixels, torch.ones(pixels.shape))
+    counts = torch.zeros(len(pixels), n).scatter_add_(1, pixels, torch.ones(pixels.shape))
     return counts / pixels.shape[1]

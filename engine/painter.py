@@ -15,11 +15,21 @@ from torch.nn import functional
 
 from diffdfkd.engine.backends.serve import Subject
 from diffdfkd.engine.classifier import Classifier, convert_channels
-from diffdfkd.engine.cutmix import CutMixPlan, plan_cutmix
+from diffdfkd.engine.combinations import fork_step
+from diffdfkd.engine.cutmix import CutMixPlan
 from diffdfkd.engine.denoiser import Denoiser
+from diffdfkd.engine.fan_out import plan_fan_out
 from diffdfkd.engine.memory import fitting, machine_memory, refuse_more
 from diffdfkd.engine.pixels import encode_image
-from diffdfkd.engine.plan import SAMPLES_PER_ROUND, ShardPlan, class_labels, lasting, sample_ids, weights_digest
+from diffdfkd.engine.plan import (
+    SAMPLES_PER_ROUND,
+    ShardPlan,
+    block_size,
+    lasting,
+    round_labels,
+    sample_ids,
+    weights_digest,
+)
 from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.prompts import class_prompts, draw_prompts, embed_prompts
 from diffdfkd.engine.recipe import Recipe
@@ -112,9 +122,10 @@ class Painter:
         self.denoiser.close()
 
     def paint(self, ids: Tensor, classes: Tensor, *, guided: bool = True, mixed: bool = True) -> Painting:
-        """Samples of the ids [B] and classes [B] int64; optionally without guidance or without CutMix.
+        """Samples of the ids [B] and classes [B] int64; optionally without guidance or without CutMix and fan-out.
 
-        Raises UserError where the batch does not fit into memory.
+        With fan-out they are a block (engine/plan.py): the first children, who are the trajectories, then the second
+        ones. Raises UserError where the batch does not fit into memory.
         """
         return self.begin(ids, classes, guided=guided, mixed=mixed)()
 
@@ -123,10 +134,13 @@ class Painter:
 
         On CUDA nothing is waited for before that call, which decodes on a stream of its own.
         """
-        drawn = draw_prompts(self.recipe, ids, classes)
+        fan_out = self.recipe.synthesis.fan_out if mixed else 1
+        trunk = len(ids) // fan_out
+        # Children go on with their parent's prompt.
+        drawn = draw_prompts(self.recipe, ids[:trunk], classes[:trunk])
         several = len(self.prompts) > len(self.recipe.teacher.classes)
         with self._fitting(ids):
-            plan, trajectory = self._denoise(ids, classes, drawn, guided, mixed)
+            plan, trajectory = self._denoise(ids.view(fan_out, trunk), classes[:trunk], drawn, guided, mixed)
         ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
 
         def finish() -> Painting:
@@ -139,7 +153,7 @@ class Painter:
                     losses=trajectory.losses.cpu(),
                     latents=trajectory.latents.square().mean((1, 2, 3)).sqrt().cpu(),
                     plan=plan,
-                    prompts=tuple(self.prompts[i] for i in drawn.tolist()) if several else None,
+                    prompts=tuple(self.prompts[i] for i in drawn.repeat(fan_out).tolist()) if several else None,
                 )
 
         return finish
@@ -164,18 +178,18 @@ class Painter:
     def _denoise(
         self, ids: Tensor, classes: Tensor, drawn: Tensor, guided: bool, mixed: bool
     ) -> tuple[CutMixPlan, Trajectory]:
+        """Trajectories of ids [m, B], by child, and the parents' classes and prompts [B]."""
         recipe = self.recipe
         ids, classes = ids.to(self.device), classes.to(self.device)
         cutmix = recipe.cutmix if mixed else recipe.cutmix.model_copy(update={"every": 0})
         shape = self.prior.latent_shape
-        plan = plan_cutmix(
-            cutmix, classes, len(recipe.teacher.classes), recipe.synthesis.steps, shape[1:], recipe.seed, ids
-        )
+        steps, fork = recipe.synthesis.steps, fork_step(recipe.synthesis)
+        plan = plan_fan_out(cutmix, classes, len(recipe.teacher.classes), steps, shape[1:], recipe.seed, ids, fork)
         context = self.context[self.rows[drawn.to(self.device)]]
         if self.denoiser.scale != 1:
             context = torch.cat([self.context[-1:].expand_as(context), context])
-        noise = philox_normal(recipe.seed, ids, 0, INITIAL_NOISE, shape)
-        return plan, self.denoiser(context, noise, ids, plan, guided=guided)
+        noise = philox_normal(recipe.seed, ids[0], 0, INITIAL_NOISE, shape)
+        return plan, self.denoiser(context, noise, ids[0], plan, guided=guided)
 
     @torch.no_grad()
     def _finish(self, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,13 +210,12 @@ class Painter:
         return torch.cat(finished), torch.cat(whole).cpu()
 
     def batches(self, plan: ShardPlan) -> Iterator["Batch"]:
-        """The shard's batches in order, denoised one after the other as they are asked for."""
-        synthesis, classes = self.recipe.synthesis, len(self.recipe.teacher.classes)
-        end = plan.first + plan.samples
-        for first in range(plan.first, end, synthesis.batch_size):
-            count = min(synthesis.batch_size, end - first)
+        """The shard's batches in order, each with all its children, denoised as they are asked for."""
+        end, block = plan.first + plan.samples, block_size(self.recipe)
+        for first in range(plan.first, end, block):
+            count = min(block, end - first)
             ids = sample_ids(self.round, first, count)
-            labels = class_labels(self.recipe.seed, self.round, first, count, classes)
+            labels = round_labels(self.recipe, self.round, first, count)
             finish = self.begin(ids, labels)
             if self.device.type == "cpu":
                 # The cores are busy either way, and torch's threads are best woken by one.
@@ -222,6 +235,8 @@ class Painter:
             image = encode(painting.images[i], synthesis.format, synthesis.quality)
             key = f"{self.round:03d}-{id % SAMPLES_PER_ROUND:08d}"
             record = self._record(painting, i, id, label, losses)
+            if (parent := i % (len(batch.ids) // synthesis.fan_out)) != i:
+                record["forked_from"] = int(batch.ids[parent])
             yield Sample(key, image, record, synthesis.format)
 
     def _record(
@@ -240,7 +255,7 @@ class Painter:
             record["losses"] = losses
         if weights := soft_label(painting.targets[i]):
             record["soft_label"] = weights
-        if parents := painting.plan.parents[i]:
+        if parents := painting.plan.lineage[i]:
             height, width = self.prior.latent_shape[1:]
             record["parents"] = [
                 {

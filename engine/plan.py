@@ -12,18 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from diffdfkd.engine.combinations import round_samples
-from diffdfkd.engine.recipe import GuidanceRecipe, Recipe, dump_recipe
+from diffdfkd.engine.recipe import Recipe, dump_recipe
 from diffdfkd.engine.shards import canonical_json
 from diffdfkd.kernels.philox import LABELS, philox_uniform
 
 SAMPLES_PER_ROUND = 2**40
 """Distance between the first sample ids of two rounds, so that rounds may grow without renumbering."""
 
-YOUNGER = (
-    *("rho_schedule", "class_window", "batchnorm_window", "adversarial_window"),
-    *("layers", "layer_weights", "statistics", "micro_batch"),
-)
-"""Fields of guidance that shards may be older than: they go without saying where they have their defaults."""
+YOUNGER = {
+    "synthesis": ("fan_out", "fork"),
+    "guidance": (
+        *("rho_schedule", "class_window", "batchnorm_window", "adversarial_window"),
+        *("layers", "layer_weights", "statistics", "micro_batch"),
+    ),
+    "cutmix": ("prompt", "repair", "band", "passes"),
+}
+"""Fields that shards may be older than: they go without saying where they have their defaults."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,18 @@ class ShardPlan:
     samples: int
 
 
+def block_size(recipe: Recipe) -> int:
+    """Samples of a batch with all its children."""
+    return recipe.synthesis.batch_size * recipe.synthesis.fan_out
+
+
 def shard_plan(recipe: Recipe, round: int) -> list[ShardPlan]:
     """The round's shards in order; all are full but the last.
 
     Raising ``synthesis.images_per_class`` in a run of one round leaves every full shard as it was.
     """
     samples = round_samples(recipe, round)
-    full = recipe.synthesis.batch_size * recipe.synthesis.batches_per_shard
+    full = block_size(recipe) * recipe.synthesis.batches_per_shard
     return [
         ShardPlan(round, index, first, min(full, samples - first))
         for index, first in enumerate(range(0, samples, full))
@@ -66,6 +75,33 @@ def class_labels(seed: int, round: int, first: int, samples: int, classes: int) 
     return labels[offset : offset + samples]
 
 
+def trajectories(recipe: Recipe, round: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Ids and classes [count] int64 of the round's trajectories from the ``first`` on; its samples without fan-out.
+
+    Their ids are those of their first children: block by block of m B samples, the trajectories come first.
+    """
+    index = torch.arange(first, first + count, dtype=torch.int64)
+    batch, classes = recipe.synthesis.batch_size, len(recipe.teacher.classes)
+    ids = index // batch * block_size(recipe) + index % batch + round * SAMPLES_PER_ROUND
+    return ids, class_labels(recipe.seed, round, first, count, classes)
+
+
+def round_labels(recipe: Recipe, round: int, first: int, samples: int) -> Tensor:
+    """Classes [samples] int64 of the round's samples from index ``first`` on: with fan-out those of their parents.
+
+    Child j of trajectory b of a block of m B samples is its sample j B + b; the round's last block may have a smaller
+    B.
+    """
+    fan_out, block = recipe.synthesis.fan_out, block_size(recipe)
+    index = torch.arange(first, first + samples, dtype=torch.int64)
+    start = index // block * block
+    own = ((round_samples(recipe, round) - start) // fan_out).clamp(max=recipe.synthesis.batch_size)
+    parents = start // fan_out + (index - start) % own
+    lowest, highest = int(parents.min()), int(parents.max())
+    classes = class_labels(recipe.seed, round, lowest, highest - lowest + 1, len(recipe.teacher.classes))
+    return classes[parents - lowest]
+
+
 def synthesis_choices(
     recipe: Recipe, prior_digest: str, teacher_digest: str, snapshot_digest: str | None = None
 ) -> dict[str, Any]:
@@ -77,9 +113,11 @@ def synthesis_choices(
     content["synthesis"].pop("images_per_class")
     for field in ("weights", "metadata", "crop_fraction", "licence"):
         content["teacher"].pop(field)
-    for field in YOUNGER:
-        if getattr(recipe.guidance, field) == GuidanceRecipe.model_fields[field].default:
-            content["guidance"].pop(field)
+    for name, fields in YOUNGER.items():
+        section = getattr(recipe, name)
+        for field in fields:
+            if getattr(section, field) == type(section).model_fields[field].default:
+                content[name].pop(field)
     choices = {
         f"{section}.{field}": value
         for section in ("teacher", "synthesis", "guidance", "cutmix")

@@ -6,13 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffdfkd.engine import shards
 from diffdfkd.engine.alarms import Signs, Watch
 from diffdfkd.engine.journal import Journal
 from diffdfkd.engine.painter import Models, Painter, Painting, encode, round_, saved_size, soft_label
-from diffdfkd.engine.plan import choices_digest, class_labels, sample_ids
+from diffdfkd.engine.plan import choices_digest, trajectories
 from diffdfkd.engine.preview_file import PREVIEW
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.engine.signs import Look, Observation
@@ -67,8 +68,8 @@ def _make(recipe: Recipe, models: Models, folder: Path, file: Path, journal: Jou
                         "guided": _save(folder, f"guided-{id:05d}.png", guided, i),
                     }
                 )
-            if recipe.cutmix.every and len(mixes) < PREVIEW_MIXES:
-                cut = painter.paint(batch_ids, batch_classes)
+            if (recipe.cutmix.every or recipe.synthesis.fan_out > 1) and len(mixes) < PREVIEW_MIXES:
+                cut = painter.paint(*_children(recipe, batch_ids, batch_classes))
                 for i in _telling_mixes(cut)[: PREVIEW_MIXES - len(mixes)]:
                     mixes.append(_mix(recipe, models, folder, batch_ids, batch_classes, guided or unguided, cut, i))
     pairs.sort(key=lambda pair: (pair["class"], pair["sample"]))
@@ -87,10 +88,16 @@ def _make(recipe: Recipe, models: Models, folder: Path, file: Path, journal: Jou
 def preview_samples(recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Ids and classes [n] of the first samples of the run that a preview shows, classes mixed."""
     n_classes = len(recipe.teacher.classes)
-    ids = sample_ids(0, 0, PREVIEW_PER_CLASS * n_classes)
-    classes = class_labels(recipe.seed, 0, 0, len(ids), n_classes)
+    ids, classes = trajectories(recipe, 0, 0, PREVIEW_PER_CLASS * n_classes)
     shown = classes < PREVIEW_CLASSES
     return ids[shown], classes[shown]
+
+
+def _children(recipe: Recipe, ids: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and classes [m n] of the children of trajectories [n]."""
+    synthesis = recipe.synthesis
+    steps = torch.arange(synthesis.fan_out)[:, None] * synthesis.batch_size
+    return (ids + steps).flatten(), classes.repeat(synthesis.fan_out)
 
 
 def preview_figures(
@@ -174,17 +181,21 @@ def _mix(
     cut: Painting,
     i: int,
 ) -> dict[str, Any]:
-    """Entry of ``preview.json`` on sample ``i`` of the batch and its last patch, with its images written."""
-    parent = cut.plan.parents[i][-1]
-    partner = ids.tolist().index(parent.partner)
+    """Entry of ``preview.json`` on sample ``i`` of the mixed ones and its last patch, with its images written.
+
+    The patch of a child may come from a child of another trajectory.
+    """
+    parent = cut.plan.lineage[i][-1]
+    owner, known = i % len(ids), _children(recipe, ids, classes)[0].tolist()
+    partner, child = known.index(parent.partner) % len(ids), known[i]
     scale = [saved_size(recipe) / n for n in models.prior.latent_shape[1:] * 2]
     return {
-        "owner": _save(folder, f"uncut-{int(ids[i]):05d}.png", uncut, i),
-        "partner": _save(folder, f"uncut-{parent.partner:05d}.png", uncut, partner),
-        "child": _save(folder, f"child-{int(ids[i]):05d}.png", cut, i),
+        "owner": _save(folder, f"uncut-{int(ids[owner]):05d}.png", uncut, owner),
+        "partner": _save(folder, f"uncut-{int(ids[partner]):05d}.png", uncut, partner),
+        "child": _save(folder, f"child-{child:05d}.png", cut, i),
         "box": [round(x * by) for x, by in zip(parent.box, scale, strict=True)],
         "area": round_(parent.area),
-        "owner_class": recipe.teacher.classes[int(classes[i])],
+        "owner_class": recipe.teacher.classes[int(classes[owner])],
         "partner_class": recipe.teacher.classes[int(classes[partner])],
         "soft_label": soft_label(cut.targets[i]),
     }
@@ -192,6 +203,6 @@ def _mix(
 
 def _telling_mixes(painting: Painting) -> list[int]:
     """Samples whose last patch shows best: few patches, and about half of the image."""
-    parents = painting.plan.parents
+    parents = painting.plan.lineage
     mixed = [i for i in range(len(parents)) if parents[i] and painting.alive[i]]
     return sorted(mixed, key=lambda i: (len(parents[i]), abs(parents[i][-1].area - 0.5)))

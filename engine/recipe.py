@@ -115,6 +115,13 @@ class SynthesisRecipe(Section):
     batch_size: Count = 100
     """Images denoised together; classes are mixed within a batch."""
     batches_per_shard: Count = 1
+    """With ``fan_out`` above 1 a batch here is one with all its children: a shard holds whole ones."""
+    fan_out: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Images that a trajectory forks into at a late step, all but the first with a box of another trajectory's latent
+    (``cutmix.partner``, ``cutmix.alpha``); 1: none forks."""
+    fork: Fraction = 0.7
+    """Of ``fan_out``: part of the trajectory that the images share; they fork before the first step that begins there
+    or later."""
     sampler: Sampler = "ddim"
     steps: Count = 12
     """Denoising steps."""
@@ -236,6 +243,15 @@ class CutMixRecipe(Section):
     """Partner of the same class (keeps the label), of another class (area-weighted soft label), or either."""
     probability: Fraction = 0.5
     """Share of the samples that are mixed each time."""
+    prompt: Literal["owner", "blend"] = "owner"
+    """What conditions the steps after a mix: the owner's prompt, or the mean of the prompts of all that the sample's
+    pixels came from, weighted by area."""
+    repair: Literal["steps", "masked"] = "steps"
+    """How seams are mended: by the remaining steps alone, or by denoising a band around them again (docs/method.md)."""
+    band: Annotated[int, Field(ge=1, le=64)] = 1
+    """Of ``repair: masked``: latent pixels on either side of a box's border."""
+    passes: Annotated[int, Field(ge=1, le=100)] = 1
+    """Of ``repair: masked``: how often, each for one more call of the UNet."""
 
 
 class EvaluationRecipe(Section):

@@ -6,6 +6,7 @@ Nothing in the loop waits for the device: what Python branches on is decided bef
 counts by itself. Between the stages of a clean step lie two launches, `predict` and `advance`, and nothing else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,21 +15,23 @@ from torch import Tensor
 
 from diffdfkd.engine.combinations import guided_steps
 from diffdfkd.engine.cutmix import CutMixPlan
+from diffdfkd.engine.fan_out import branched
 from diffdfkd.engine.guidance_schedule import GuidanceSchedule
 from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.schedule import Table
+from diffdfkd.engine.seams import blend, repair_seams
 from diffdfkd.engine.stages import BufferedUNet, Chain, Gradient, UNet, Vjp, dense, finite
 from diffdfkd.kernels.advance import Advance, advance
 from diffdfkd.kernels.launch import Kernel
 from diffdfkd.kernels.move import move
 from diffdfkd.kernels.predict import Prediction, predict
-from diffdfkd.kernels.row import row_at, start_counter
+from diffdfkd.kernels.row import named, row_at, start_counter
 from diffdfkd.kernels.step_inputs import Draw, Guidance, Mix, NextInput, write_input
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Where a batch of B samples ended after S steps."""
+    """Where a batch of B samples ended after S steps; with fan-out their m B children, tail by tail."""
 
     latents: Tensor
     """[B, c, h, w] float32, clean."""
@@ -39,7 +42,7 @@ class Trajectory:
     losses: Tensor
     """[S, 4], total, class, BatchNorm and adversarial loss per step; NaN where a step was not guided."""
     frozen: Tensor
-    """[S] int32, samples that stopped being alive in each step, counted on the device."""
+    """[S] int32, samples that stopped being alive in each step, counted on the device; of all tails together."""
 
 
 class Kind(NamedTuple):
@@ -68,8 +71,15 @@ class Loop:
     schedule: GuidanceSchedule
     kernel: Kernel
 
-    def predict(self, z: Tensor, output: Tensor) -> Prediction:
-        return predict(z, output, self.rows, self.step, self.scales, kernel=self.kernel)
+    def predict(self, z: Tensor, output: Tensor, step: Tensor | None = None) -> Prediction:
+        """By the row of the trajectory's own counter, or of another."""
+        return predict(z, output, self.rows, self.step if step is None else step, self.scales, kernel=self.kernel)
+
+    def place(self, z: Tensor, index: int) -> None:
+        """Give the UNet latents z as its input of step ``index``."""
+        write_input(self.next_input.sample, named(self.rows[index]).input_scale * z)
+        timestep = self.next_input.timestep
+        timestep.copy_(self.next_input.timesteps[index].expand(len(timestep)))
 
     def ask(self, chain: Chain, prediction: Prediction, target: Tensor, alive: Tensor) -> Gradient:
         return chain(prediction.x0, target, alive, self.schedule.weights_at(self.step))
@@ -118,6 +128,66 @@ class Loop:
         return self.advance(kind, z, prediction, previous_x0, alive, steering), found.losses
 
 
+Enter = Callable[[CutMixPlan, Tensor], Loop]
+"""The loop of a plan, and of the ids [B] int64 that its noise is drawn by."""
+Step = Callable[[int, Loop, Advance, Tensor], tuple[Advance, Tensor | None]]
+"""What a step makes of a state, given its index and targets [B, K]; and the losses [4] where it was guided."""
+
+
+def travel(
+    enter: Enter, step: Step, state: Advance, plan: CutMixPlan, sample_ids: Tensor, prompts: Tensor, steps: int
+) -> Trajectory:
+    """Through all steps from a state whose input is in place; with fan-out through the trunk, then through each tail.
+
+    ``prompts`` [B, T, D] are the samples' own embeddings.
+    """
+    unguided = torch.full((4,), torch.nan, device=state.z.device)
+    loop = enter(plan, sample_ids)
+
+    def mend(state: Advance, index: int, boxes: Tensor, plan: CutMixPlan) -> Advance:
+        """What follows a mix after step ``index``."""
+        if (shares := plan.shares.get(index + 1)) is not None:
+            blend(loop.context, shares, prompts)
+        if plan.repair is None:
+            return state
+        return state._replace(z=repair_seams(loop, state.z, state.alive, index, boxes, plan.repair))
+
+    def walk(state: Advance, plan: CutMixPlan, indices: range) -> tuple[Advance, list[Tensor]]:
+        losses = []
+        for index in indices:
+            state, loss = step(index, loop, state, plan.targets[index])
+            losses.append(unguided if loss is None else loss)
+            if plan.mixes[index]:
+                state = mend(state, index, plan.boxes[index], plan)
+        return state, losses
+
+    if not plan.tails:
+        state, losses = walk(state, plan, range(steps))
+        return Trajectory(state.z, state.alive & finite(state.z), plan.targets[-1], torch.stack(losses), loop.frozen)
+    fork = plan.tails[0].branch.step
+    state, shared = walk(state, plan, range(fork))
+    # Recorded steps go on in the same tensors.
+    trunk = Advance(state.z.clone(), None if state.x0 is None else state.x0.clone(), state.alive.clone())
+    state, losses = walk(state, plan, range(fork, steps))
+    ends, lost = [Advance(state.z.clone(), None, state.alive & finite(state.z))], [torch.stack(losses)]
+    for branch, own in plan.tails:
+        loop = enter(own, branch.ids)
+        loop.step.fill_(fork)
+        state = branched(trunk, branch)
+        loop.place(state.z, fork)
+        state = mend(state, fork - 1, branch.boxes, own)
+        state, losses = walk(state, own, range(fork, steps))
+        ends.append(Advance(state.z.clone(), None, state.alive & finite(state.z)))
+        lost.append(torch.stack(losses))
+    return Trajectory(
+        torch.cat([end.z for end in ends]),
+        torch.cat([end.alive for end in ends]),
+        torch.cat([plan.targets[-1], *(tail.plan.targets[-1] for tail in plan.tails)]),
+        torch.cat([torch.stack(shared), torch.stack(lost).mean(0)]),
+        loop.frozen,
+    )
+
+
 @torch.no_grad()
 def sample(
     unet: UNet,
@@ -150,10 +220,7 @@ def sample(
         raise ValueError(f"scale: got {scale} with a context that is not doubled; only scale 1 needs no second half")
     rows, timesteps = table.rows.to(device), table.timesteps.to(device)
     guided = guided_steps(guidance, table.steps) if chain is not None else [False] * table.steps
-    targets = plan.targets.to(device)
-    # Checked where the plan was made.
-    mix = Mix(plan.partners.to(device), plan.boxes.to(device), checked=True) if any(plan.mixes) else None
-    draw = Draw(seed, sample_ids.to(device))
+    plan, prompts = plan.to(device), context[-batch:]
     scales = scale if isinstance(scale, Tensor) else torch.full((batch,), scale, dtype=torch.float32, device=device)
 
     # Latents lie as the UNet takes them, so that no step has to turn them round.
@@ -162,33 +229,33 @@ def sample(
         inputs, timestep, context = unet.claim(context)
         timestep.copy_(timesteps[0].expand(len(context)))
     else:
+        context = context.clone() if plan.blends else context
         inputs = torch.empty((len(context), *z.shape[1:]), device=device, memory_format=torch.channels_last)
         timestep = timesteps[0].repeat(len(context))
     next_input = NextInput(inputs, timestep, timesteps)
     step = start_counter(device)
     write_input(inputs, row_at(rows, step[:1]).input_scale * z)
-    previous_x0 = None
-    alive = torch.ones(batch, dtype=torch.bool, device=device)
     frozen = torch.zeros(table.steps, dtype=torch.int32, device=device)
-    unguided = torch.full((4,), torch.nan, device=device)
-    losses = []
     schedule = GuidanceSchedule.of(guidance, guided, device)
-    loop = Loop(unet, context, rows, step, scales, next_input, draw, mix, frozen, guidance, schedule, kernel)
 
-    for index in range(table.steps):
+    def enter(plan: CutMixPlan, ids: Tensor) -> Loop:
+        # Checked where the plan was made.
+        mix = Mix(plan.partners, plan.boxes, checked=True) if any(plan.mixes) else None
+        draw = Draw(seed, ids)
+        return Loop(unet, context, rows, step, scales, next_input, draw, mix, frozen, guidance, schedule, kernel)
+
+    def one(index: int, loop: Loop, state: Advance, target: Tensor) -> tuple[Advance, Tensor | None]:
+        z, previous_x0, alive = state
         last = index + 1 == table.steps
         steers = chain if guided[index] else None
         kind = Kind(steers is not None, table.draws[index], last, not last and table.looks_back[index + 1])
         if steers is None or guidance.mode == "clean":
-            (z, previous_x0, alive), loss = loop.clean_step(kind, steers, z, previous_x0, alive, targets[index])
-            losses.append(unguided if loss is None else loss)
-            continue
+            return loop.clean_step(kind, steers, z, previous_x0, alive, target)
         with torch.set_grad_enabled(vjp is None):
             leaf = inputs.detach().requires_grad_(vjp is None)
             output = unet(leaf, next_input.timestep, context)
         prediction = loop.predict(z, output.detach())
-        gradient = loop.ask(steers, prediction, targets[index], alive)
-        losses.append(gradient.losses)
+        gradient = loop.ask(steers, prediction, target, alive)
         # What guidance scale and prediction type make of it is left to `move`: the product is linear in it.
         cotangent = gradient.gradient.repeat(2, 1, 1, 1) if doubled else gradient.gradient
         if vjp is not None:
@@ -208,6 +275,7 @@ def sample(
         )
         if guidance.mode == "exact":
             prediction = loop.predict(z, unet(inputs, next_input.timestep, context))
-        z, previous_x0, alive = loop.advance(kind, z, prediction, previous_x0, alive, None)
+        return loop.advance(kind, z, prediction, previous_x0, alive, None), gradient.losses
 
-    return Trajectory(z, alive & finite(z), targets[-1], torch.stack(losses), frozen)
+    start = Advance(z, None, torch.ones(batch, dtype=torch.bool, device=device))
+    return travel(enter, one, start, plan, sample_ids.to(device), prompts, table.steps)

@@ -54,3 +54,16 @@ def check_boxes(boxes: Tensor, partners: Tensor, height: int, width: int) -> Non
     if not bool(inside.all()):
         worst = boxes[~inside][0].tolist()
         raise ValueError(f"boxes: {worst} (top, left, bottom, right) does not lie in the latent {height} x {width}")
+
+
+def seam_band(boxes: Tensor, band: int, height: int, width: int) -> Tensor:
+    """Pixels within ``band`` of the seams of the boxes [B, 4], on either side, as bool [B, 1, height, width].
+
+    A side that lies on the latent's border is no seam, and an empty box has none.
+    """
+    size = torch.tensor((height, width), dtype=boxes.dtype, device=boxes.device)
+    first, last = boxes[:, :2], boxes[:, 2:]
+    outer = box_mask(torch.cat((first - band, last + band), 1), height, width)
+    inner = torch.cat((torch.where(first > 0, first + band, 0), torch.where(last < size, last - band, size)), 1)
+    empty = (last <= first).any(1)[:, None, None, None]
+    return outer & ~box_mask(inner, height, width) & ~empty

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffdfkd.engine.combinations import guided_steps, round_samples
+from diffdfkd.engine.combinations import fork_step, guided_runs, guided_steps, round_samples, step_runs
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe
 from diffdfkd.recipes.inventory import Item, prior_folder, student, take_stock
@@ -75,18 +75,19 @@ def _machine(recipe: Recipe) -> tuple[str, str | None]:
 
 def _plan(recipe: Recipe, device: str) -> Iterator[str]:
     from diffdfkd.engine.logits import uses_cache
-    from diffdfkd.engine.plan import shard_plan
+    from diffdfkd.engine.plan import block_size, shard_plan
 
     synthesis, distillation = recipe.synthesis, recipe.distillation
     images = sum(round_samples(recipe, round) for round in range(recipe.rounds))
     shards = [plan for round in range(recipe.rounds) for plan in shard_plan(recipe, round)]
-    batches = sum(-(-plan.samples // synthesis.batch_size) for plan in shards)
+    batches = sum(-(-plan.samples // block_size(recipe)) for plan in shards)
+    forks = f" trajectories, {synthesis.fan_out} images each" if synthesis.fan_out > 1 else ""
     yield _entry("device", device)
     yield _entry(
         "images",
         f"{images:,} of {len(recipe.teacher.classes)} classes, {synthesis.images_per_class:,} each, in "
         f"{_many(recipe.rounds, 'round')}, {_many(len(shards), 'shard')}, {_many(batches, 'batch')} of at most "
-        f"{synthesis.batch_size}",
+        f"{synthesis.batch_size}{forks}",
     )
     yield _entry("prompts", _prompts(recipe))
     yield _entry("UNet", _unet(recipe, images))
@@ -120,20 +121,41 @@ def _others(count: int) -> str:
 
 
 def _unet(recipe: Recipe, images: int) -> str:
-    """Evaluations of the UNet, counted per image: a batch of classifier-free guidance is two for each."""
+    """Evaluations of the UNet, counted per image: a batch of classifier-free guidance is two for each.
+
+    With fan-out per trajectory, which is several images.
+    """
     synthesis, guidance = recipe.synthesis, recipe.guidance
-    guided = sum(guided_steps(guidance, synthesis.steps))
-    again = guided if guidance.mode == "exact" else 0
+    fan_out, fork = synthesis.fan_out, fork_step(synthesis)
+    guided = guided_runs(recipe)
+    again, mending = (guided if guidance.mode == "exact" else 0), _mending(recipe)
     halves = 2 if synthesis.guidance_scale != 1 and not _knows_scale(recipe) else 1
-    count = (synthesis.steps + again) * halves
+    count = (sum(step_runs(synthesis)) + again + mending) * halves
     terms = [f"{synthesis.steps} steps of {synthesis.sampler}"]
+    if fan_out > 1:
+        terms[0] += f" ({fork} for all {fan_out} images of a trajectory, {synthesis.steps - fork} for each of them)"
+    if mending:
+        terms.append(f"up to {mending} to mend seams (cutmix.repair=masked)")
     if again:
         terms.append(f"{again} second calls (guidance.mode=exact)")
     doubled = f", each twice for classifier-free guidance {synthesis.guidance_scale:g}" if halves == 2 else ""
     backward = ""
     if guidance.mode in ("exact", "reuse"):
-        backward = f"; {guided * halves} of an image's calls with a backward pass"
-    return f"{' and '.join(terms)}{doubled}: {count} calls an image, {count * images:,} in all{backward}"
+        whose = "an image" if fan_out == 1 else "a trajectory"
+        backward = f"; {guided * halves} of {whose}'s calls with a backward pass"
+    each = "an image" if fan_out == 1 else f"for {fan_out} images"
+    return f"{' and '.join(terms)}{doubled}: {count} calls {each}, {count * images // fan_out:,} in all{backward}"
+
+
+def _mending(recipe: Recipe) -> int:
+    """Most calls of the UNet that mend the seams of a trajectory and its children."""
+    from diffdfkd.engine.cutmix import mixed_steps
+
+    synthesis, cutmix = recipe.synthesis, recipe.cutmix
+    if cutmix.repair != "masked":
+        return 0
+    runs = step_runs(synthesis)
+    return cutmix.passes * (sum(runs[step] for step in mixed_steps(cutmix, synthesis.steps)) + synthesis.fan_out - 1)
 
 
 def _knows_scale(recipe: Recipe) -> bool:
@@ -151,6 +173,7 @@ def _guidance(recipe: Recipe, images: int) -> str:
     guidance, steps = recipe.guidance, recipe.synthesis.steps
     if guidance.mode == "none":
         return "none"
+    gradients = guided_runs(recipe) * images // recipe.synthesis.fan_out
     guided = sum(guided_steps(guidance, steps))
     weights = {
         "class": guidance.class_weight,
@@ -164,7 +187,7 @@ def _guidance(recipe: Recipe, images: int) -> str:
         mixed += f"; in micro-batches of {guidance.micro_batch}, with one more forward each for L_bn of the whole batch"
     return (
         f"{guidance.mode}, {guided} of {steps} steps, each a gradient through decoder and teacher: "
-        f"{guided * images:,} in all; {terms}; rho {guidance.rho:g} {guidance.rho_rule}{mixed}"
+        f"{gradients:,} in all; {terms}; rho {guidance.rho:g} {guidance.rho_rule}{mixed}"
     )
 
 

@@ -225,7 +225,7 @@ def finished(folder: RunFolder, *, preview: bool = False) -> dict[str, Any] | No
 
 def made_images(folder: RunFolder) -> tuple[Counter[str], int]:
     """Images of each class in the run's shards, and samples that were dropped."""
-    from diffdfkd.engine.plan import class_labels, shard_plan
+    from diffdfkd.engine.plan import round_labels, shard_plan
     from diffdfkd.engine.shards import list_shards, round_folder
 
     recipe, root = folder.recipe, folder.path / "synthetic"
@@ -239,7 +239,7 @@ def made_images(folder: RunFolder) -> tuple[Counter[str], int]:
             if sidecar.dropped or plan is None:
                 counts.update(_recorded_classes(round_folder(root, round) / sidecar.shard, classes))
             else:
-                labels = class_labels(recipe.seed, round, plan.first, plan.samples, len(classes))
+                labels = round_labels(recipe, round, plan.first, plan.samples)
                 counts.update(classes[label] for label in labels.tolist())
     return counts, dropped
 

@@ -26,8 +26,8 @@ def preview(recipe: Recipe, to: Path | None = None) -> str:
     """Write ``preview.png`` and ``preview.json`` and return what they say, for a person.
 
     At most 24 samples, or ``synthesis.batch_size``; classes are mixed, the noise is that of the run's first samples,
-    without CutMix. The folder is ``to``, by default <output>-preview; that of the run is refused. Raises UserError as
-    ``run`` does.
+    without CutMix and fan-out. The folder is ``to``, by default <output>-preview; that of the run is refused. Raises
+    UserError as ``run`` does.
     """
     from diffdfkd.engine.alarms import find_alarms
     from diffdfkd.engine.classifier import build_classifier
@@ -98,11 +98,11 @@ def _folder(recipe: Recipe, to: Path | None) -> Path:
 
 def _samples(recipe: Recipe) -> tuple["Tensor", "Tensor"]:
     """Ids and classes [n] of the run's first samples: each class as often as fits, or the first classes drawn."""
-    from diffdfkd.engine.plan import class_labels, sample_ids
+    from diffdfkd.engine.plan import trajectories
 
     most, classes = min(SAMPLES, recipe.synthesis.batch_size), len(recipe.teacher.classes)
     count = classes * (most // classes) if classes <= most else most
-    return sample_ids(0, 0, count), class_labels(recipe.seed, 0, 0, count, classes)
+    return trajectories(recipe, 0, 0, count)
 
 
 def _probabilities(models: Any, paintings: dict[str, Any]) -> dict[str, "Tensor"]:

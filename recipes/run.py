@@ -86,6 +86,7 @@ def load_prior_for(recipe: Recipe, teacher: "Classifier") -> "Prior":
     from diffdfkd.engine.combinations import round_samples
     from diffdfkd.engine.memory import fitting
     from diffdfkd.engine.painter import refuse_batch
+    from diffdfkd.engine.plan import block_size
     from diffdfkd.engine.prior import load_prior
     from diffdfkd.engine.prior_files import find_prior, read_scheduler_config
     from diffdfkd.engine.schedule import late_start, make_table
@@ -104,7 +105,7 @@ def load_prior_for(recipe: Recipe, teacher: "Classifier") -> "Prior":
     check_taps(teacher.model, recipe.guidance)
     with fitting("prior.path", "the prior", "give prior.dtype=bfloat16, a smaller prior, or another device"):
         prior = load_prior(recipe.prior.model_copy(update={"path": str(folder)}), recipe.device)
-    images = min(recipe.synthesis.batch_size, round_samples(recipe, 0))
+    images = min(block_size(recipe), round_samples(recipe, 0))
     refuse_batch(prior, images, recipe.guidance.micro_batch)
     return prior
 

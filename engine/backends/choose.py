@@ -22,7 +22,7 @@ from diffdfkd.engine.backends.build import Backend, Make, Settings, build, graph
 from diffdfkd.engine.backends.eager import EagerRunner
 from diffdfkd.engine.backends.identity import engine_identity, trial_identity
 from diffdfkd.engine.backends.serve import Subject, run_settings
-from diffdfkd.engine.combinations import guided_steps, round_samples
+from diffdfkd.engine.combinations import guided_runs, round_samples, step_runs
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.memory import fitting
 from diffdfkd.engine.onnx_files import deepest_line
@@ -105,9 +105,10 @@ def _choose(stage: str, calls: int, recipe: Recipe, subject: Callable[[], Subjec
 def stage_calls(recipe: Recipe) -> dict[str, int]:
     """How often the run calls each stage."""
     synthesis = recipe.synthesis
-    batches = sum(-(-round_samples(recipe, round) // synthesis.batch_size) for round in range(recipe.rounds))
-    guided = sum(guided_steps(recipe.guidance, synthesis.steps))
-    calls = {"unet": batches * synthesis.steps}
+    block, runs = synthesis.batch_size * synthesis.fan_out, step_runs(synthesis)
+    batches = sum(-(-round_samples(recipe, round) // block) for round in range(recipe.rounds))
+    guided = guided_runs(recipe)
+    calls = {"unet": batches * sum(runs)}
     if guided:
         calls["chain"] = batches * guided
     return calls

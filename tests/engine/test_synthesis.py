@@ -489,3 +489,84 @@ def test_preview_has_the_samples_of_the_shards(make, models, tmp_path):
         assert pair["guided"] is None
         shown = Image.open(file.parent / pair["unguided"])
         assert list(shown.getdata()) == list(saved[pair["sample"]].getdata())
+
+
+FAN_OUT = ("synthesis.fan_out=2", "synthesis.fork=0.5", "cutmix.partner=any")
+
+
+def test_fan_out_fills_shards_with_whole_blocks(make, models, tmp_path):
+    recipe = make(*FAN_OUT, "synthesis.images_per_class=6", "synthesis.batches_per_shard=1", "synthesis.batch_size=4")
+    rows = []
+    with models.prior.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0]))):
+        summary = run(recipe, models, tmp_path / "forked")
+    # Blocks of 8, 8 and 2 images: one step for the trunk, one for each child.
+    assert (summary.images, summary.shards, summary.dropped) == (18, 3, 0) and rows == [8] * 6 + [2] * 3
+    records = [record for record, _ in read(tmp_path / "forked")]
+    assert [record["sample"] for record in records] == list(range(18))
+    assert [sum(record["class"] == label for record in records) for label in range(3)] == [6, 6, 6]
+    for start, parents in ((0, 4), (8, 4), (16, 1)):
+        for b in range(parents):
+            parent, child = records[start + b], records[start + parents + b]
+            assert "forked_from" not in parent and "parents" not in parent
+            assert child["forked_from"] == parent["sample"] and child["class"] == parent["class"]
+            if parents > 1:
+                (patch,) = child["parents"]
+                assert patch["step"] == 0 and start <= patch["sample"] < start + parents != patch["sample"]
+                other = records[patch["sample"]]["class"]
+                expected = None if other == child["class"] else pytest.approx(patch["area"], abs=1e-6)
+                assert child.get("soft_label", {}).get(str(other)) == expected
+    # The first children are what the same samples are without fan-out.
+    forked = pixels(tmp_path / "forked")
+    with Painter(recipe, models, 0) as plain:
+        for start, count in ((0, 4), (8, 4), (16, 1)):
+            ids, labels = plan.trajectories(recipe, 0, start // 2, count)
+            assert ids.tolist() == list(range(start, start + count))
+            images = plain.paint(ids, labels, mixed=False).images
+            assert torch.equal(forked[start : start + count], images.flatten(1).long())
+    assert (forked[4:8] != forked[0:4]).any(1).all()
+
+
+def test_more_images_leave_the_full_shards_of_a_fan_out_as_they_were(make, models, tmp_path):
+    for per_class in (6, 8):
+        run(make(*FAN_OUT, f"synthesis.images_per_class={per_class}"), models, tmp_path / str(per_class))
+    few, many = content(tmp_path / "6"), content(tmp_path / "8")
+    assert few["round-000/shard-00000.tar"] == many["round-000/shard-00000.tar"]
+    assert few["round-000/shard-00000.json"] == many["round-000/shard-00000.json"]
+
+
+def test_a_preview_shows_the_trajectories_of_a_fan_out_and_their_children(make, models, tmp_path):
+    recipe = make(*FAN_OUT, "synthesis.batch_size=4")
+    with Journal(tmp_path / "metrics.jsonl") as journal:
+        found = json.loads(preview_pairs(recipe, models, tmp_path, journal).read_text())
+    assert sorted(pair["sample"] for pair in found["pairs"]) == [0, 1, 2, 3, 8, 9]
+    assert len(found["mixes"]) == 3
+    run(recipe, models, tmp_path)
+    of_run = {record["sample"]: record["class"] for record, _ in read(tmp_path)}
+    assert all(of_run[pair["sample"]] == pair["class"] for pair in found["pairs"])
+
+
+def test_each_sample_draws_its_prompt_and_a_child_has_its_parents(make, models, tmp_path):
+    several = ('synthesis.prompt=["a {}", "one {}"]', "synthesis.words=[boot,[coat,jacket],shirt]")
+    run(make(*several), models, tmp_path / "a")
+    run(make(*several, "synthesis.batch_size=6", "synthesis.batches_per_shard=1"), models, tmp_path / "b")
+    prompts = [[record["prompt"] for record, _ in read(tmp_path / name)] for name in "ab"]
+    assert prompts[0] == prompts[1] and len(set(prompts[0])) > 3
+    for record, _ in read(tmp_path / "a"):
+        assert (
+            record["prompt"].split()[-1]
+            in {"boot": ["boot"], "coat": ["coat", "jacket"], "shirt": ["shirt"]}[record["class_name"]]
+        )
+    run(make(*several, *FAN_OUT), models, tmp_path / "c")
+    records = {record["sample"]: record for record, _ in read(tmp_path / "c")}
+    assert all(
+        record["prompt"] == records[record.get("forked_from", record["sample"])]["prompt"]
+        for record in records.values()
+    )
+
+
+def test_the_prompt_reaches_the_unet(make, models, tmp_path):
+    run(make('synthesis.prompt=["a {}", "a {}", "one {}"]', "guidance.mode=none"), models, tmp_path / "several")
+    run(make("synthesis.prompt=a {}", "guidance.mode=none"), models, tmp_path / "one")
+    same = (pixels(tmp_path / "several") == pixels(tmp_path / "one")).all(1)
+    told = torch.tensor([record["prompt"].startswith("a ") for record, _ in read(tmp_path / "several")])
+    assert torch.equal(same, told) and 0 < told.sum() < len(told)

@@ -191,6 +191,12 @@ NUMBERS = [
     field("guidance.every=0", "guidance.every: got 0", "greater than or equal to 1"),
     field("cutmix.every=-1", "cutmix.every: got -1", "greater than or equal to 0"),
     field("cutmix={every: 99, partner: any}", "cutmix.every: got 99", "set it to 2 or less"),
+    field(
+        "cutmix={every: 1, partner: any, repair: masked, band: 0}", "cutmix.band: got 0", "greater than or equal to 1"
+    ),
+    field("synthesis.fan_out=0", "synthesis.fan_out: got 0", "greater than or equal to 1"),
+    field("synthesis.fan_out=3", "synthesis.fan_out: got 3", "give synthesis.images_per_class=3"),
+    field("synthesis={fan_out: 2, fork: 1.0}", "synthesis.fork: got 1.0 of synthesis.steps=", "one after it"),
     field("cutmix.probability=2", "cutmix.probability: got 2", "less than or equal to 1"),
     field("cutmix.alpha=0", "cutmix.alpha: got 0", "greater than 0"),
     field("rounds=0", "rounds: got 0", "greater than or equal to 1"),
@@ -257,6 +263,17 @@ CHOICES = [
     field("guidance={micro_batch: 2, mode: exact}", "guidance.micro_batch: got 2", "mode clean alone"),
     field("guidance={micro_batch: 2, mode: none}", "guidance.micro_batch: got 2", "mode clean alone"),
     field("cutmix={every: 1, probability: 0}", "cutmix.probability: got 0", "set cutmix.every=0"),
+    field(
+        "synthesis={sampler: euler, steps: 3, images_per_class: 2, batch_size: 4, fan_out: 2}",
+        "cutmix.partner: within finds no partner",
+        "cutmix.partner=across or any",
+    ),
+    Case(
+        "seams of another sampler",
+        given("synthesis.sampler=euler", "cutmix={every: 1, partner: any, repair: masked}"),
+        "cutmix.repair: masked knows the noise levels of ddim alone",
+        ("synthesis.sampler=ddim",),
+    ),
     field("distillation.augmentation=[flop]", 'distillation.augmentation.0: got "flop"', "'flip'"),
     field("distillation.optimizer=adam", 'distillation.optimizer: got "adam"', "'adamw'"),
     field("distillation.dtype=float16", 'distillation.dtype: got "float16"', "'bfloat16'"),
