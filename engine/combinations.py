@@ -47,8 +47,7 @@ def fork_step(synthesis: "SynthesisRecipe") -> int:
     """Steps of the trunk that the children of a fan-out share; all of them where none forks."""
     if synthesis.fan_out == 1:
         return synthesis.steps
-    # Rounded, as the window of guidance is.
-    return math.ceil(round(synthesis.fork * synthesis.steps, 9))
+    return math.floor(round(synthesis.fork * synthesis.steps, 9) + 0.5)
 
 
 def step_runs(synthesis: "SynthesisRecipe") -> list[int]:
