@@ -4,13 +4,12 @@ Nothing heavy is imported here, so that a mistake in a recipe costs a second.
 """
 
 import math
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from diffdfkd.engine.class_names import class_words, plain
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.windows import acting_steps, window_steps
+from diffdfkd.engine.wording import impossible_words
 
 if TYPE_CHECKING:
     from diffdfkd.engine.recipe import GuidanceRecipe, Recipe, SynthesisRecipe
@@ -46,8 +45,7 @@ def fork_step(synthesis: "SynthesisRecipe") -> int:
     """Steps of the trunk that the children of a fan-out share; all of them where none forks."""
     if synthesis.fan_out == 1:
         return synthesis.steps
-    # Rounded, as the window of guidance is.
-    return math.ceil(round(synthesis.fork * synthesis.steps, 9))
+    return math.floor(round(synthesis.fork * synthesis.steps, 9) + 0.5)
 
 
 def step_runs(synthesis: "SynthesisRecipe") -> list[int]:
@@ -93,17 +91,13 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
             "input of each BatchNorm layer, which a program does not show; set it to 0, or bring the module's code "
             "(package.module:factory) and its state dict",
         )
-    if synthesis.words is not None and len(synthesis.words) != len(teacher.classes):
-        yield "synthesis.words", f"got {len(synthesis.words)} words for {len(teacher.classes)} classes; give one each"
-    elif synthesis.words is not None:
-        yield from _exchanged(class_words(synthesis.words, teacher.classes), teacher.classes)
     if synthesis.quality is not None and synthesis.format == "png":
         yield (
             "synthesis.quality",
             f"got {synthesis.quality} with synthesis.format=png, which is lossless; set synthesis.format=webp, or "
             "quality to null",
         )
-    yield from _no_place_for_the_class(recipe)
+    yield from impossible_words(recipe)
     if guidance.mode != "none":
         guided_steps(guidance, synthesis.steps)
         if guidance.rho == 0:
@@ -257,50 +251,6 @@ def _no_fork(recipe: "Recipe") -> Iterable[tuple[str, str]]:
         )
     if cutmix.partner == "within":
         yield from _no_partner_within(recipe)
-
-
-def _no_place_for_the_class(recipe: "Recipe") -> Iterable[tuple[str, str]]:
-    """Templates in which a class's word has no place, where it should have one."""
-    synthesis = recipe.synthesis
-    templates = synthesis.templates
-    for template in templates:
-        if strange := re.findall(r"\{[^{}]+\}", template):
-            yield "synthesis.prompt", f"got {strange[0]}, which stays as it is; the class's word goes where {{}} stands"
-    without = [template for template in templates if "{}" not in template]
-    if without and len(without) < len(templates):
-        yield (
-            "synthesis.prompt",
-            f'templates without a place for the class beside others with one: "{without[0]}"; put {{}} where the '
-            "class's word goes, or leave it out of all of them",
-        )
-    elif without and any(isinstance(own, list) for own in synthesis.words or []):
-        yield (
-            "synthesis.words",
-            "several words a class, but templates without a place for the class; put {} into synthesis.prompt, or "
-            "leave the words out",
-        )
-
-
-def _exchanged(words: list[list[str]], classes: list[str]) -> Iterable[tuple[str, str]]:
-    """Words that are the names of other classes than those at their places: one of the lists is out of order.
-
-    One alone is a coincidence, as a gift is in English and in German.
-    """
-    place_of = {plain(name): place for place, name in enumerate(classes)}
-    found = []
-    for place, (own, name) in enumerate(zip(words, map(plain, classes), strict=True)):
-        # Part of its own name, too, it may be right: a crane that is a bird beside one that is a machine.
-        strangers = [word for word in own if plain(word) in place_of and plain(word) not in name]
-        if strangers := [word for word in strangers if name not in plain(word)]:
-            found.append((place, strangers[0], place_of[plain(strangers[0])]))
-    if len(found) > 1:
-        (place, word, other), more = found[0], len(found) - 1
-        yield (
-            "synthesis.words",
-            f"{word} at place {place} would be drawn for the class {classes[place]}, but is the name of the "
-            f"class at place {other}, and so for {more} more; give both lists in the order of the teacher's outputs, "
-            f'or write the words otherwise where that is meant, as in "a {word}"',
-        )
 
 
 def _no_image_left(recipe: "Recipe") -> Iterable[tuple[str, str]]:

@@ -104,6 +104,8 @@ class CutMixPlan:
 
     def to(self, device: torch.device) -> "CutMixPlan":
         """The same plan with its tensors on the device."""
+        if self.partners.device == device:
+            return self
         return replace(
             self,
             partners=self.partners.to(device),

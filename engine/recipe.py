@@ -120,8 +120,7 @@ class SynthesisRecipe(Section):
     """Images that a trajectory forks into at a late step, all but the first with a box of another trajectory's latent
     (``cutmix.partner``, ``cutmix.alpha``); 1: none forks."""
     fork: Fraction = 0.7
-    """Of ``fan_out``: part of the trajectory that the images share; they fork before the first step that begins there
-    or later."""
+    """Of ``fan_out``: part of the trajectory that the images share, to the nearest step."""
     sampler: Sampler = "ddim"
     steps: Count = 12
     """Denoising steps."""

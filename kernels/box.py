@@ -61,9 +61,16 @@ def seam_band(boxes: Tensor, band: int, height: int, width: int) -> Tensor:
 
     A side that lies on the latent's border is no seam, and an empty box has none.
     """
-    size = torch.tensor((height, width), dtype=boxes.dtype, device=boxes.device)
-    first, last = boxes[:, :2], boxes[:, 2:]
-    outer = box_mask(torch.cat((first - band, last + band), 1), height, width)
-    inner = torch.cat((torch.where(first > 0, first + band, 0), torch.where(last < size, last - band, size)), 1)
-    empty = (last <= first).any(1)[:, None, None, None]
-    return outer & ~box_mask(inner, height, width) & ~empty
+    top, left, bottom, right = boxes.unbind(1)
+    outer = torch.stack((top - band, left - band, bottom + band, right + band), 1)
+    inner = torch.stack(
+        (
+            torch.where(top > 0, top + band, top),
+            torch.where(left > 0, left + band, left),
+            torch.where(bottom < height, bottom - band, bottom),
+            torch.where(right < width, right - band, right),
+        ),
+        1,
+    )
+    empty = ((bottom <= top) | (right <= left))[:, None, None, None]
+    return box_mask(outer, height, width) & ~box_mask(inner, height, width) & ~empty

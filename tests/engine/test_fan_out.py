@@ -233,10 +233,11 @@ def test_without_fan_out_samples_are_trajectories() -> None:
     assert (ids - 2**40).tolist() == list(range(4, 34)) and torch.equal(round_labels(made, 1, 4, 30), labels)
 
 
-def test_the_fork_lies_before_the_first_step_that_begins_there() -> None:
+def test_the_fork_lies_at_the_nearest_step() -> None:
     synthesis = recipe().synthesis
     assert fork_step(synthesis) == 4 and step_runs(synthesis) == [1, 1, 1, 1, 2]
     assert fork_step(recipe("synthesis.fork=0.6").synthesis) == 3
+    assert [fork_step(recipe(f"synthesis.steps={steps}").synthesis) for steps in (2, 3, 4, 12)] == [1, 2, 3, 8]
     assert fork_step(recipe("synthesis.fan_out=1").synthesis) == 5
 
 

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 from diffdfkd.engine.combinations import guided_steps
 from diffdfkd.engine.cutmix import plan_cutmix
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.fan_out import plan_fan_out
 from diffdfkd.engine.recipe import CutMixRecipe, GuidanceRecipe
 from diffdfkd.engine.sampler import sample
 from diffdfkd.engine.schedule import Table, make_table
@@ -495,7 +496,7 @@ class CopiesToTheHost(TorchDispatchMode):
         return made
 
 
-def on_meta(chain, table, mode, rule, kernel, recipe=MIX):
+def on_meta(chain, table, mode, rule, kernel, recipe=MIX, made=None):
     """A whole trajectory on the meta device, whose tensors have no values: to ask for one is an error."""
     noise, context = inputs()
     weight = ToyUNet().weight.to("meta")
@@ -513,10 +514,25 @@ def on_meta(chain, table, mode, rule, kernel, recipe=MIX):
         sample_ids=torch.arange(BATCH),
         seed=7,
         guidance=GuidanceRecipe(mode=mode, rho_rule=rule),
-        plan=plan(recipe, table.steps),
+        plan=made or plan(recipe, table.steps),
         chain=chain,
         kernel=kernel,
     )
+
+
+@pytest.mark.usefixtures("meta_stages")
+@pytest.mark.parametrize("mode", ["none", "clean", "exact"])
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+def test_forks_blends_and_repairs_ask_no_value_of_the_device(monkeypatch, kernel, mode):
+    monkeypatch.setattr(Launch, "run", lambda launch: None)
+    chain, table = small_chain("meta"), make_table("ddim", CONFIG, STEPS, "cpu")
+    recipe = CutMixRecipe(every=2, partner="any", prompt="blend", repair="masked", passes=2)
+    ids = torch.arange(3 * BATCH).view(3, BATCH)
+    made = plan_fan_out(recipe, torch.arange(BATCH) % CLASSES, CLASSES, STEPS, LATENT[1:], 7, ids, 4)
+    with CopiesToTheHost() as copies:
+        ended = on_meta(chain, table, mode, "unit", kernel, made=made)
+    assert not copies.found
+    assert ended.latents.is_meta and ended.latents.shape == (3 * BATCH, *LATENT)
 
 
 @pytest.mark.usefixtures("meta_stages")

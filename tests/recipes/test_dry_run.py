@@ -71,6 +71,14 @@ def test_of_a_complete_recipe_everything_is_found(plan: Plan) -> None:
     [
         ("synthesis.prompt=a photo of a {}", 'prompts "a photo of a red" for a, and 3 others UNet'),
         ("synthesis.prompt=a photo.", 'prompts "a photo." for all 4 classes, which guidance alone'),
+        (
+            'synthesis.prompt=["a {}", "one {}"]',
+            'prompts "a red" or 1 other, drawn for each sample, for a, and 6 others',
+        ),
+        (
+            'synthesis.prompt=["a photo.", "art"]',
+            '"a photo." or 1 other, drawn for each sample, for all 4 classes, which',
+        ),
     ],
 )
 def test_a_prompt_is_shown_as_the_prior_reads_it(plan: Plan, override: str, words: str) -> None:
@@ -108,6 +116,29 @@ def test_the_unet_is_called_as_often_as_planned(plan: Plan, tiny_recipe: Path, m
     backward = {"reuse": 2, "exact": 2}.get(mode, 0) * (2 if scale == 3 else 1)
     assert ("backward" in text) == (backward > 0)
     assert backward == 0 or f"; {backward} of an image's calls with a backward pass" in text
+
+
+@pytest.mark.parametrize("mode", ["none", "clean", "exact"])
+@pytest.mark.parametrize("repair", ["steps", "masked"])
+def test_calls_of_a_fan_out_are_counted_too(plan: Plan, tiny_recipe: Path, mode: str, repair: str) -> None:
+    overrides = (f"guidance.mode={mode}", "synthesis.fan_out=2", "synthesis.fork=0.5", f"cutmix.repair={repair}")
+    overrides += ("cutmix.probability=1", "cutmix.passes=2", "cutmix.every=1")
+    recipe = load_recipe(tiny_recipe, overrides)
+    prior = load_prior(recipe.prior, "cpu")
+    rows: list[int] = []
+    prior.unet.register_forward_pre_hook(
+        lambda module, inputs, keywords: rows.append(len(inputs[0] if inputs else keywords["sample"])), with_kwargs=True
+    )
+    teacher, _, _ = load_classifiers(recipe)
+    with Painter(recipe, Models(prior, teacher), round=0) as painter:
+        painting = painter.paint(torch.arange(8), torch.arange(4).repeat(2))
+    assert len(painting.images) == len(painting.targets) == 8
+    text, _ = plan(*overrides)
+    planned = re.search(r"(\d+) calls for 2 images, (\d+) in all", text)
+    assert planned is not None and set(rows) == {8}
+    assert int(planned[1]) * 4 == sum(rows) and int(planned[2]) == int(planned[1]) * 16
+    assert "4 shards, 4 batches of at most 4 trajectories, 2 images each" in text
+    assert ("to mend seams" in text) == (repair == "masked")
 
 
 def test_a_run_takes_no_more_disk_than_planned(plan: Plan, finished_run: Finished) -> None:
