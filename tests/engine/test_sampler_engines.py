@@ -175,6 +175,17 @@ def test_trajectory_ends_where_eager_ends(world: World, mode: str, scale: float)
     assert distance(expected.latents, unguided.latents) > 0.05  # the gradient decides something
 
 
+@pytest.mark.parametrize("mode", ["clean", "exact"])
+def test_engine_is_told_the_weights_of_each_step(world: World, mode: str) -> None:
+    """By one engine, made of a recipe without windows and with other weights."""
+    runners = world.runners(guide(mode), 5)
+    others = {"class_weight": 0.4, "batchnorm_weight": 2.0, "class_window": (0.0, 0.5), "batchnorm_window": (0.3, 1.0)}
+    guidance = guide(mode, rho_schedule="rising", **others)
+    expected = world.run(guidance, samples=5)
+    agree(world.run(guidance, samples=5, runners=runners), expected)
+    assert distance(expected.latents, world.run(guide(mode, **others), samples=5).latents) > 1e-3
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "euler", "dpmsolver++", "lcm"])
 def test_every_sampler(world: World, sampler: str) -> None:
     guidance = guide(window=(0.0, 0.5))

@@ -462,6 +462,12 @@ def test_unet_that_gradients_go_through_is_eager(asked: list[tuple[str, int]], m
     assert choices[0].reason == f"guidance.mode={mode} takes gradients through it"
 
 
+def test_micro_batches_are_eager(asked: list[tuple[str, int]]) -> None:
+    engines, choices = settle(recipe("guidance.micro_batch=1"))
+    assert engines == ("eager", "eager") and not asked
+    assert {choice.reason for choice in choices} == {"guidance.micro_batch splits its batches"}
+
+
 def test_run_without_guidance_has_no_chain(asked: list[tuple[str, int]]) -> None:
     engines, choices = settle(recipe("guidance.mode=none"))
     assert engines == ("onnxruntime", "eager") and [choice.stage for choice in choices] == ["unet"]
