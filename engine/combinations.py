@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from diffdfkd.engine.cheap_steps import impossibly_cheap, steps_inside
 from diffdfkd.engine.class_names import plain
 from diffdfkd.engine.errors import UserError
 
@@ -31,9 +32,7 @@ def guided_steps(guidance: "GuidanceRecipe", steps: int) -> list[bool]:
     """
     if guidance.mode == "none":
         return [False] * steps
-    # Rounded, so that 0.07 of 100 steps is 7.
-    start, end = (round(edge * steps, 9) for edge in guidance.window)
-    inside = [step for step in range(steps) if start <= step < end]
+    inside = steps_inside(guidance.window, steps)
     if not inside:
         raise UserError(
             f"guidance.window: {list(guidance.window)} holds none of the {steps} steps, which begin at multiples of "
@@ -109,6 +108,7 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
                 f"got {guidance.adversarial_weight}, but with rounds=1 no student exists during synthesis; "
                 "set rounds to 2 or more, or the weight to 0",
             )
+    yield from impossibly_cheap(recipe, guided_steps(guidance, synthesis.steps))
     if cutmix.every and cutmix.probability == 0:
         yield "cutmix.probability", "got 0, so that nothing would ever be mixed; raise it, or set cutmix.every=0"
     if cutmix.every and synthesis.batch_size < 2:

@@ -61,7 +61,11 @@ def class_labels(seed: int, round: int, first: int, samples: int, classes: int) 
 
 
 def synthesis_choices(
-    recipe: Recipe, prior_digest: str, teacher_digest: str, snapshot_digest: str | None = None
+    recipe: Recipe,
+    prior_digest: str,
+    teacher_digest: str,
+    snapshot_digest: str | None = None,
+    decoder_digest: str | None = None,
 ) -> dict[str, Any]:
     """All that a shard depends on besides its round and index, flat, by the names of the recipe's fields.
 
@@ -71,6 +75,11 @@ def synthesis_choices(
     content["synthesis"].pop("images_per_class")
     for field in ("weights", "metadata", "crop_fraction", "licence"):
         content["teacher"].pop(field)
+    light = {field: content["guidance"].pop(field) for field in ("decoder", "decoder_window")}
+    # What is as it ever was goes without saying, as in shards that are older than the field.
+    for field, usual in (("guidance_interval", [0.0, 1.0]), ("reuse_every", 1)):
+        if content["synthesis"][field] == usual:
+            content["synthesis"].pop(field)
     choices = {
         f"{section}.{field}": value
         for section in ("teacher", "synthesis", "guidance", "cutmix")
@@ -90,6 +99,9 @@ def synthesis_choices(
         choices["engine.precision"] = precision
     if recipe.engine.attention == "xformers":
         choices["engine.attention"] = "xformers"
+    if decoder_digest is not None:
+        # The full one goes without saying.
+        choices |= {"guidance.decoder": decoder_digest, "guidance.decoder_window": light["decoder_window"]}
     if snapshot_digest is not None:
         choices["student"] = snapshot_digest
     return choices

@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from diffdfkd.engine.combinations import impossible
 from diffdfkd.engine.errors import UserError
@@ -19,6 +28,25 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+FULL_DECODER = "full"
+
+
+def _two(window: Any) -> Any:
+    if isinstance(window, Sequence) and len(window) != 2:
+        raise ValueError("a window is its start and its end, as in [0.0, 0.8]")
+    return window
+
+
+def _ordered(window: tuple[float, float]) -> tuple[float, float]:
+    if window[0] >= window[1]:
+        raise ValueError("the start must lie before the end, as in [0.0, 0.8]")
+    return window
+
+
+Window = Annotated[tuple[Fraction, Fraction], Field(strict=False), BeforeValidator(_two), AfterValidator(_ordered)]
+"""Part of a trajectory, as fractions of its steps; 0 is pure noise."""
 
 
 class Section(BaseModel):
@@ -134,6 +162,11 @@ class SynthesisRecipe(Section):
     """Denoising steps."""
     guidance_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 2.0
     """Classifier-free guidance; 1 turns it off and halves the cost of the UNet."""
+    guidance_interval: Window = (0.0, 1.0)
+    """Part of the trajectory with classifier-free guidance; elsewhere the UNet runs on the prompt alone."""
+    reuse_every: Count = 1
+    """Run the whole UNet in each n-th step, and in between its outermost blocks alone, with the deep features kept
+    from the last whole call; 1 reuses nothing. In eager mode."""
     prompt: str = "an image of a {}"
     """Template; ``{}`` is the class's word. Without ``{}`` the class enters through guidance alone."""
     words: list[str] | None = None
@@ -156,24 +189,15 @@ class GuidanceRecipe(Section):
     rho: Weight = 0.15
     """Size of the guidance step, in the unit of ``rho_rule``."""
     rho_rule: Literal["raw", "unit", "cfg"] = "unit"
-    window: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.0, 1.0)
+    window: Window = (0.0, 1.0)
     """First and last guided part of the trajectory, as fractions of its steps; 0 is pure noise."""
     every: Count = 1
     """Guide each n-th step of the window."""
-
-    @field_validator("window", mode="before")
-    @classmethod
-    def _two(cls, window: Any) -> Any:
-        if isinstance(window, Sequence) and len(window) != 2:
-            raise ValueError("a window is its start and its end, as in [0.0, 0.8]")
-        return window
-
-    @field_validator("window")
-    @classmethod
-    def _ordered(cls, window: tuple[float, float]) -> tuple[float, float]:
-        if window[0] >= window[1]:
-            raise ValueError("the start must lie before the end, as in [0.0, 0.8]")
-        return window
+    decoder: str = FULL_DECODER
+    """What guidance decodes with: ``full`` is the prior's VAE, else a light decoder's file (``diffdfkd decoder``).
+    Final images are the VAE's in any case."""
+    decoder_window: Window = (0.0, 1.0)
+    """Part of the trajectory in which the light decoder serves; elsewhere the full one does."""
 
 
 class CutMixRecipe(Section):

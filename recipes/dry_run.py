@@ -1,10 +1,12 @@
 """The plan of a run and what is missing for it, before anything is made: ``diffdfkd run RECIPE --dry-run``."""
 
+import operator
 import os
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffdfkd.engine.cheap_steps import light_steps, prompt_alone_steps, whole_steps
 from diffdfkd.engine.combinations import guided_steps, round_samples
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe
@@ -114,19 +116,32 @@ def _prompts(recipe: Recipe) -> str:
 
 def _unet(recipe: Recipe, images: int) -> str:
     """Evaluations of the UNet, counted per image: a batch of classifier-free guidance is two for each."""
+    from diffdfkd.engine.cutmix import mixed_steps
+
     synthesis, guidance = recipe.synthesis, recipe.guidance
-    guided = sum(guided_steps(guidance, synthesis.steps))
-    again = guided if guidance.mode == "exact" else 0
-    halves = 2 if synthesis.guidance_scale != 1 and not _knows_scale(recipe) else 1
-    count = (synthesis.steps + again) * halves
+    steps = guided_steps(guidance, synthesis.steps)
+    doubled = synthesis.guidance_scale != 1 and not _knows_scale(recipe)
+    rows = [2 if doubled and not alone else 1 for alone in prompt_alone_steps(synthesis)]
+    again = [count for count, guided in zip(rows, steps, strict=True) if guided and guidance.mode == "exact"]
+    mixed = set(mixed_steps(recipe.cutmix, synthesis.steps))
+    whole = whole_steps(
+        synthesis.reuse_every,
+        [count == 2 for count in rows],
+        [step in mixed for step in range(synthesis.steps)],
+    )
+    count = sum(count for count, all_of_it in zip(rows, whole, strict=True) if all_of_it) + sum(again)
     terms = [f"{synthesis.steps} steps of {synthesis.sampler}"]
     if again:
-        terms.append(f"{again} second calls (guidance.mode=exact)")
-    doubled = f", each twice for classifier-free guidance {synthesis.guidance_scale:g}" if halves == 2 else ""
+        terms.append(f"{len(again)} second calls (guidance.mode=exact)")
+    twice = rows.count(2)
+    where = "each" if twice == len(rows) else f"{twice} of them"
+    halves = f", {where} twice for classifier-free guidance {synthesis.guidance_scale:g}" if twice else ""
+    shallow = f", {whole.count(False)} steps with the outermost blocks alone" if not all(whole) else ""
     backward = ""
     if guidance.mode in ("exact", "reuse"):
-        backward = f"; {guided * halves} of an image's calls with a backward pass"
-    return f"{' and '.join(terms)}{doubled}: {count} calls an image, {count * images:,} in all{backward}"
+        calls = sum(count for count, guided in zip(rows, steps, strict=True) if guided)
+        backward = f"; {calls} of an image's calls with a backward pass"
+    return f"{' and '.join(terms)}{halves}{shallow}: {count} calls an image, {count * images:,} in all{backward}"
 
 
 def _knows_scale(recipe: Recipe) -> bool:
@@ -154,9 +169,19 @@ def _guidance(recipe: Recipe, images: int) -> str:
     mix = recipe.cutmix
     mixed = f"; latent CutMix every {_many(mix.every, 'step')} ({mix.partner})" if mix.every else ""
     return (
-        f"{guidance.mode}, {guided} of {steps} steps, each a gradient through decoder and teacher: "
+        f"{guidance.mode}, {guided} of {steps} steps, each a gradient through {_decoders(recipe)} and teacher: "
         f"{guided * images:,} in all; {terms}; rho {guidance.rho:g} {guidance.rho_rule}{mixed}"
     )
+
+
+def _decoders(recipe: Recipe) -> str:
+    """What guidance decodes with."""
+    guidance, steps = recipe.guidance, recipe.synthesis.steps
+    light = sum(map(operator.and_, guided_steps(guidance, steps), light_steps(guidance, steps)))
+    if not light:
+        return "decoder"
+    others = sum(guided_steps(guidance, steps)) - light
+    return "the light decoder" if not others else f"decoder ({light} times the light one)"
 
 
 def _disk(recipe: Recipe) -> tuple[str, bool]:

@@ -8,6 +8,7 @@ who asked for no engine can do without.
 """
 
 import logging
+import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,8 @@ from torch import Tensor
 from diffdfkd.engine.backends.build import Backend, Make, Settings, build, graph_precision
 from diffdfkd.engine.backends.eager import EagerRunner
 from diffdfkd.engine.backends.identity import engine_identity, trial_identity
-from diffdfkd.engine.backends.serve import Subject, run_settings
+from diffdfkd.engine.backends.serve import Subject, field_of, run_settings, stages_of
+from diffdfkd.engine.cheap_steps import light_steps
 from diffdfkd.engine.combinations import guided_steps, round_samples
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.memory import fitting
@@ -73,14 +75,18 @@ def settle_engines(recipe: Recipe, subject: Callable[[], Subject]) -> tuple[Reci
     calls = stage_calls(recipe)
     choices = []
     for stage, count in calls.items():
-        if getattr(recipe.engine, stage) != "auto":
+        field = field_of(stage)
+        if getattr(recipe.engine, field) != "auto":
             continue
         if stage == "unet" and recipe.guidance.mode in ("exact", "reuse"):
             choices.append(
-                Choice(stage, "eager", f"guidance.mode={recipe.guidance.mode} takes gradients through it", {})
+                Choice(field, "eager", f"guidance.mode={recipe.guidance.mode} takes gradients through it", {})
             )
+        elif stage == "unet" and recipe.synthesis.reuse_every > 1:
+            reason = f"synthesis.reuse_every={recipe.synthesis.reuse_every} runs parts of it, which no engine does"
+            choices.append(Choice(field, "eager", reason, {}))
         elif count < FEW_CALLS:
-            choices.append(Choice(stage, "eager", f"{count} calls are too few for a trial", {}))
+            choices.append(Choice(field, "eager", f"{count} calls are too few for a trial", {}))
         else:
             choices.append(_choose(stage, count, recipe, subject))
     chosen = {choice.stage: choice.engine for choice in choices}
@@ -96,7 +102,7 @@ def _choose(stage: str, calls: int, recipe: Recipe, subject: Callable[[], Subjec
     except UserError as reason:
         # No folder is known for the cache.
         log.warning("engine=auto: eager is taken for the %s: %s", stage, reason)
-        return Choice(stage, "eager", f"engines cannot be kept ({reason})", {})
+        return Choice(field_of(stage), "eager", f"engines cannot be kept ({reason})", {})
     return choose(stage, calls, subject(), settings)
 
 
@@ -104,10 +110,15 @@ def stage_calls(recipe: Recipe) -> dict[str, int]:
     """How often the run calls each stage."""
     synthesis = recipe.synthesis
     batches = sum(-(-round_samples(recipe, round) // synthesis.batch_size) for round in range(recipe.rounds))
-    guided = sum(guided_steps(recipe.guidance, synthesis.steps))
+    stages = stages_of(recipe)
     calls = {"unet": batches * synthesis.steps}
-    if guided:
-        calls["chain"] = batches * guided
+    guided = guided_steps(recipe.guidance, synthesis.steps)
+    light = light_steps(recipe.guidance, synthesis.steps)
+    # One field decides on both: the heavier of the two is what is tried.
+    if "chain" in stages:
+        calls["chain"] = batches * sum(map(operator.gt, guided, light))
+    elif "light chain" in stages:
+        calls["light chain"] = batches * sum(guided)
     return calls
 
 
@@ -133,7 +144,7 @@ def choose(stage_name: str, calls: int, subject: Subject, settings: Settings) ->
     if found["eager"] < GAIN * found[best]:
         best = "eager"
     words = ", ".join(f"{backend} {what}" for backend, what in tried.items())
-    return Choice(stage_name, best, words, tried)
+    return Choice(field_of(stage_name), best, words, tried)
 
 
 def candidates(device: torch.device) -> Sequence[Backend]:
