@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from bad_cheap_cases import CASES as CHEAP
 from bad_engine_cases import CASES as ENGINES
 from bad_extra_cases import CASES as EXTRAS
 from bad_image_cases import CASES as IMAGES
@@ -14,7 +15,7 @@ from bad_network_cases import CASES as NETWORKS
 from bad_prior_cases import CASES as PRIORS
 from bad_run_cases import CASES as RUNS
 
-CASES = [*TYPED, *PRIORS, *NETWORKS, *IMAGES, *EXTRAS, *ENGINES, *RUNS]
+CASES = [*TYPED, *PRIORS, *NETWORKS, *IMAGES, *EXTRAS, *ENGINES, *CHEAP, *RUNS]
 JOURNAL = "run/metrics.jsonl"
 
 
