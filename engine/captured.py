@@ -11,17 +11,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from diffdfkd.engine.combinations import guided_steps
 from diffdfkd.engine.cutmix import CutMixPlan
 from diffdfkd.engine.guidance_schedule import GuidanceSchedule
+from diffdfkd.engine.loop import Alone, Kind, Loop, open_lane, step_chains, step_kinds
 from diffdfkd.engine.recipe import GuidanceRecipe
-from diffdfkd.engine.sampler import Kind, Loop, Trajectory, travel
+from diffdfkd.engine.sampler import Trajectory, travel
 from diffdfkd.engine.schedule import Table
-from diffdfkd.engine.stages import BufferedUNet, Chain, UNet
+from diffdfkd.engine.stages import Chain, UNet
 from diffdfkd.kernels.advance import Advance
 from diffdfkd.kernels.launch import Kernel
-from diffdfkd.kernels.row import row_at, start_counter
-from diffdfkd.kernels.step_inputs import Draw, Mix, NextInput, write_input
+from diffdfkd.kernels.row import start_counter
+from diffdfkd.kernels.step_inputs import Draw, Mix
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 """What makes a replay of a body; the body may run once while it does."""
@@ -44,12 +44,17 @@ class CapturedSampler:
         chain: Chain | None,
         kernel: Kernel,
         device: torch.device,
+        light: Chain | None = None,
+        alone: Alone | None = None,
         record: Record | None = None,
     ) -> None:
         """``shape`` [B, c, h, w] of the latents, ``context`` [B or 2B, T, D]; others as `sample` takes them."""
         batch, steps = shape[0], table.steps
-        self.table, self.chain, self._record = table, chain, record or record_graph
-        self.guided = guided_steps(guidance, steps) if chain is not None else [False] * steps
+        self.table, self._record = table, record or record_graph
+        self.chains = {False: chain, True: light}
+        self.doubled = context[0] == 2 * batch
+        widths = [self.doubled and not (alone is not None and alone.steps[step]) for step in range(steps)]
+        self.kinds = step_kinds(table, step_chains(guidance, steps, chain, light), widths, [True] * steps)
         self.rows, self.timesteps = table.rows.to(device), table.timesteps.to(device)
         self.z = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
         self.previous_x0 = torch.zeros_like(self.z)
@@ -62,18 +67,16 @@ class CapturedSampler:
         self.partners = torch.zeros(steps, batch, dtype=torch.int64, device=device)
         self.boxes = torch.zeros(steps, batch, 4, dtype=torch.int32, device=device)
         held = torch.zeros(context, device=device)
-        if isinstance(unet, BufferedUNet):
-            inputs, timestep, self.context = unet.claim(held)
-        else:
-            inputs = torch.zeros(len(held), *shape[1:], device=device).contiguous(memory_format=torch.channels_last)
-            timestep, self.context = torch.zeros(len(held), device=device), held
-        self.next_input = NextInput(inputs, timestep, self.timesteps)
+        self.lanes = {self.doubled: open_lane(unet, None, held, shape[1:], self.timesteps)}
+        if alone is not None:
+            held = torch.zeros(batch, *context[1:], device=device)
+            self.lanes[False] = open_lane(alone.unet, None, held, shape[1:], self.timesteps)
         scales = torch.full((batch,), scale, dtype=torch.float32, device=device)
         draw = Draw(seed, self.ids)
         # Plans are checked where they are made.
         mixes = {False: None, True: Mix(self.partners, self.boxes, checked=True)}
-        shared = (unet, self.context, self.rows, self.step, scales, self.next_input, draw)
-        followed = (guidance, GuidanceSchedule.of(guidance, self.guided, device))
+        shared = (self.lanes, widths, self.rows, self.step, scales, draw)
+        followed = (guidance, GuidanceSchedule.of(guidance, [kind.guided for kind in self.kinds], device))
         self.loops = {mixed: Loop(*shared, mix, self.frozen, *followed, kernel) for mixed, mix in mixes.items()}
         self.replays: dict[tuple[Kind, bool, bool], Callable[[], None]] = {}
 
@@ -82,13 +85,14 @@ class CapturedSampler:
         """As `sample`; what is returned is the caller's."""
         table, device = self.table, self.z.device
         plan, prompts = plan.to(device), context[-len(noise) :].to(device)
-        self.context.copy_(context)
+        for lane in self.lanes.values():
+            # Of both halves the prompt's is the last.
+            lane.context.copy_(context[-len(lane.context) :])
         self.z.copy_(noise.float() * table.initial_scale)
         self.alive.fill_(True)
         self.frozen.zero_()
         self.step.zero_()
-        self.next_input.timestep.copy_(self.timesteps[0].expand_as(self.next_input.timestep))
-        write_input(self.next_input.sample, row_at(self.rows, self.step[:1]).input_scale * self.z)
+        self.loops[False].place(self.z, 0)
         state = Advance(self.z, self.previous_x0, self.alive)
         ended = travel(self._enter, self._step, state, plan, sample_ids.to(device), prompts, table.steps)
         return replace(ended, latents=ended.latents.clone(), frozen=ended.frozen.clone())
@@ -102,21 +106,21 @@ class CapturedSampler:
         return self.loops[mixed]
 
     def _step(self, index: int, loop: Loop, state: Advance, target: Tensor) -> tuple[Advance, Tensor | None]:
-        table, own = self.table, Advance(self.z, self.previous_x0, self.alive)
+        own = Advance(self.z, self.previous_x0, self.alive)
         for buffer, value in zip(own, state, strict=True):
             # Of a step of its own it lies there already.
             if buffer is not None and value is not None and value is not buffer:
                 buffer.copy_(value)
-        last = index + 1 == table.steps
-        kind = Kind(self.guided[index], table.draws[index], last, not last and table.looks_back[index + 1])
+        kind = self.kinds[index]
         self.target.copy_(target)
-        self._replay(kind, loop.mix is not None, table.looks_back[index])()
+        self._replay(kind, loop.mix is not None, self.table.looks_back[index])()
         return own, self.loss.clone() if kind.guided else None
 
     def _replay(self, kind: Kind, mixed: bool, looks_back: bool) -> Callable[[], None]:
         key = (kind, mixed, looks_back)
         if key not in self.replays:
-            state = (self.z, self.previous_x0, self.alive, self.loss, self.frozen, self.step, *self.next_input[:2])
+            inputs = [tensor for lane in self.lanes.values() for tensor in lane.input[:2]]
+            state = (self.z, self.previous_x0, self.alive, self.loss, self.frozen, self.step, *inputs)
             before = [tensor.clone() for tensor in state]
             self.replays[key] = self._record(lambda: self._body(kind, mixed, looks_back))
             for tensor, value in zip(state, before, strict=True):
@@ -124,7 +128,7 @@ class CapturedSampler:
         return self.replays[key]
 
     def _body(self, kind: Kind, mixed: bool, looks_back: bool) -> None:
-        chain = self.chain if kind.guided else None
+        chain = self.chains[kind.light] if kind.guided else None
         previous = self.previous_x0 if looks_back else None
         (z, x0, alive), loss = self.loops[mixed].clean_step(kind, chain, self.z, previous, self.alive, self.target)
         self.z.copy_(z)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from diffdfkd.engine.cheap_steps import impossibly_cheap
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.windows import acting_steps, window_steps
 from diffdfkd.engine.wording import impossible_words
@@ -129,6 +130,7 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
             )
     if guidance.micro_batch is not None:
         yield from _no_micro_batch(recipe, guidance.micro_batch)
+    yield from impossibly_cheap(recipe, guided_steps(guidance, synthesis.steps))
     if cutmix.every and cutmix.probability == 0:
         yield "cutmix.probability", "got 0, so that nothing would ever be mixed; raise it, or set cutmix.every=0"
     if cutmix.every and synthesis.batch_size < 2:

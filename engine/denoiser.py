@@ -16,16 +16,20 @@ from diffdfkd.engine.backends.serve import (
     open_engine,
     run_settings,
     serves_itself,
+    stages_of,
 )
 from diffdfkd.engine.backends.unet_attention import use_attention
 from diffdfkd.engine.captured import CapturedSampler
+from diffdfkd.engine.cheap_steps import prompt_alone_steps
 from diffdfkd.engine.cutmix import CutMixPlan
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.feature_reuse import ReusingUNet
+from diffdfkd.engine.loop import Alone
 from diffdfkd.engine.micro_batches import micro_batched_chain, unet_in_parts
 from diffdfkd.engine.runner import Runner
 from diffdfkd.engine.sampler import Trajectory, sample
 from diffdfkd.engine.schedule import make_table
-from diffdfkd.engine.stages import Chain, UNet, guidance_chain, unet_stage
+from diffdfkd.engine.stages import Chain, UNet, guidance_chain, light_decode_stage, unet_stage
 from diffdfkd.engine.taps import BatchNormTaps, guidance_taps
 
 
@@ -54,27 +58,59 @@ class Denoiser:
         self._recorded: CapturedSampler | None = None
         self.vjp: EngineVjp | None = None
         self.chain: Chain | None = None
+        self.light: Chain | None = None
+        """Through the light decoder."""
+        self.alone: Alone | None = None
         use_attention(self.prior.unet, recipe.engine.attention)
-        self.unet: UNet = unet_stage(self.prior, getattr(torch, recipe.prior.dtype), synthesis.guidance_scale)
+        form = ReusingUNet if synthesis.reuse_every > 1 else unet_stage
+        self.unet: UNet = form(self.prior, getattr(torch, recipe.prior.dtype), synthesis.guidance_scale)
+        stages = stages_of(recipe)
+        alone = self._without_guidance()
         try:
             if not serves_itself(recipe, recipe.engine.unet):
                 self.unet = EngineUNet(self._open(subject, "unet"))
-                if guidance.mode in ("exact", "reuse"):
+                if "vjp" in stages:
                     self.vjp = EngineVjp(self._open(subject, "vjp"))
-            if guidance.mode != "none":
-                self.chain = self._chain(subject, decode)
+                if any(alone):
+                    vjp = EngineVjp(self._open(subject, "vjp alone")) if "vjp alone" in stages else None
+                    self.alone = Alone(alone, EngineUNet(self._open(subject, "unet alone")), vjp)
+            elif any(alone):
+                self.alone = Alone(alone, self.unet)
+            if "chain" in stages:
+                self.chain = self._chain(subject, "chain", decode)
+            if "light chain" in stages:
+                self.light = self._chain(subject, "light chain", self._light_decode())
             if guidance.micro_batch is not None:
+                if self.alone is not None:
+                    self.alone = self.alone._replace(unet=unet_in_parts(self.alone.unet, guidance.micro_batch))
                 self.unet = unet_in_parts(self.unet, guidance.micro_batch * (2 if subject.doubled else 1))
         except BaseException:
             self.close()
             raise
 
-    def _chain(self, subject: Subject, decode: Callable[[Tensor], Tensor]) -> Chain:
+    def _without_guidance(self) -> list[bool]:
+        """Per step, whether the UNet runs on the prompt alone though the recipe has classifier-free guidance."""
+        synthesis = self.recipe.synthesis
+        alone = prompt_alone_steps(synthesis)
+        if any(alone) and self.scale != synthesis.guidance_scale:
+            raise UserError(
+                "synthesis.guidance_interval: this prior's UNet takes the guidance scale as an input and has no second "
+                "half to leave out; leave the interval out"
+            )
+        return alone
+
+    def _light_decode(self) -> Callable[[Tensor], Tensor]:
+        light = self.prior.guidance_decoder
+        if light is None:
+            raise ValueError(f"guidance.decoder={self.recipe.guidance.decoder} is not loaded with the prior")
+        return light_decode_stage(light, getattr(torch, self.recipe.prior.dtype))
+
+    def _chain(self, subject: Subject, stage: str, decode: Callable[[Tensor], Tensor]) -> Chain:
         recipe, student = self.recipe, subject.student
         if not serves_itself(recipe, recipe.engine.chain):
-            return EngineChain(self._open(subject, "chain"), student)
+            return EngineChain(self._open(subject, stage), student)
         guidance = recipe.guidance
-        if guidance.batchnorm_weight > 0:
+        if guidance.batchnorm_weight > 0 and self._taps is None:
             self._taps = guidance_taps(subject.teacher.model, guidance)
         given = (decode, subject.teacher, self._taps, guidance, student)
         if guidance.micro_batch is not None:
@@ -108,7 +144,7 @@ class Denoiser:
         """From noise [B, c, h, w] and the context of both halves, [B or 2B, T, D]; optionally without guidance."""
         recipe = self.recipe
         guidance = recipe.guidance
-        if guided or self.chain is None:
+        if guided or (self.chain is None and self.light is None):
             captured = self._captured(len(noise), (context.shape[0], context.shape[1], context.shape[2]))
             if captured is not None:
                 return captured(context, noise, ids, plan)
@@ -123,10 +159,13 @@ class Denoiser:
             sample_ids=ids,
             seed=recipe.seed,
             chain=self.chain if guided else None,
+            light=self.light if guided else None,
             guidance=guidance,
             plan=plan,
             kernel=recipe.kernel,
             vjp=self.vjp,
+            alone=self.alone,
+            reuse_every=recipe.synthesis.reuse_every,
         )
 
     def _captured(self, batch: int, context: tuple[int, int, int]) -> CapturedSampler | None:
@@ -139,6 +178,8 @@ class Denoiser:
             # Its session is bound to the stream that it was opened on, and a graph is recorded on another.
             or "onnxruntime" in (recipe.engine.unet, recipe.engine.chain)
             or recipe.guidance.mode not in ("clean", "none")
+            # Kept features lie wherever the last whole call has left them.
+            or recipe.synthesis.reuse_every > 1
             or batch != recipe.synthesis.batch_size
         ):
             return None
@@ -153,6 +194,8 @@ class Denoiser:
                 seed=recipe.seed,
                 guidance=recipe.guidance,
                 chain=self.chain,
+                light=self.light,
+                alone=self.alone,
                 kernel=recipe.kernel,
                 device=self.device,
             )

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from diffdfkd.engine.classifier import Classifier
 from diffdfkd.engine.example_student import acting_weights
+from diffdfkd.engine.guidance_decoder import GuidanceDecoder
 from diffdfkd.engine.plan import lasting, weights_digest
 from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.runner import NoEngine
 from diffdfkd.engine.specification import Port, Specification
-from diffdfkd.engine.stage_networks import Answering, Lowered, decoder, in_precision, student_weights
+from diffdfkd.engine.stage_networks import Answering, Lowered, decoder, in_precision, light_decoder, student_weights
 from diffdfkd.engine.stages import (
     chain_specification,
     dense,
@@ -190,15 +191,22 @@ def chain_engine_stage(
     batches: Batches,
     precision: torch.dtype,
     student: Classifier | None = None,
+    light: GuidanceDecoder | None = None,
 ) -> Stage:
     """The guidance chain: (x0, targets, alive, shares) -> (gradient, norm, finite, losses), its gradient within.
 
-    Which terms there are ``weights`` says; what each weighs is an input, ``shares`` [3]. With a student its weights are
-    inputs as well, by the names of `student_weights`: a new snapshot needs no new engine, and its values enter no
-    digest. Raises NoEngine for a chain in micro-batches.
+    It goes through the light decoder where one is given, else through the prior's own. Which terms there are
+    ``weights`` says; what each weighs is an input, ``shares`` [3]. With a student its weights are inputs as well, by
+    the names of `student_weights`: a new snapshot needs no new engine, and its values enter no digest. Raises NoEngine
+    for a chain in micro-batches.
     """
     if weights.micro_batch is not None:
         raise NoEngine("chain: guidance.micro_batch splits the batch, which one engine does not", lasting=True)
+    settings = _decoder_settings(prior) if light is None else (light.settings(),)
+
+    def decode(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        return decoder(prior, dtype) if light is None else light_decoder(light, dtype)
+
     classes = len(teacher.classes)
     plain = chain_specification(prior.latent_shape, batches.usual, classes)
     given = student_weights(student) if student is not None and weights.adversarial_weight > 0 else {}
@@ -216,7 +224,7 @@ def chain_engine_stage(
         master = Lowered(teacher, dtype)
         # The hooks stay for as long as the copy that they sit on.
         taps = guidance_taps(master.model, weights, teacher.model) if listening else None
-        chain = guidance_chain(decoder(prior, dtype), master, taps, weights, pupil, kernel="reference")
+        chain = guidance_chain(decode(dtype), master, taps, weights, pupil, kernel="reference")
 
         def function(x0: Tensor, targets: Tensor, alive: Tensor, shares: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
             if pupil is not None:
@@ -244,15 +252,15 @@ def chain_engine_stage(
         """A student's weights that its term acts with; its own may be a fresh one's, whose term is 0 everywhere."""
         if not given or student is None:
             return ()
-        return acting_weights(student, teacher, decoder(prior, torch.float32), _noise(prior, batches.usual, 0))
+        return acting_weights(student, teacher, decode(torch.float32), _noise(prior, batches.usual, 0))
 
     return Stage(
         specification,
         precision,
         functools.cache(made),
         weights_digest(
-            [prior.vae, teacher],
-            *("chain", precision, *_decoder_settings(prior), teacher.model, teacher.preprocessing, terms),
+            [light or prior.vae, teacher],
+            *("chain", precision, *settings, teacher.model, teacher.preprocessing, terms),
             # Of the student its architecture alone: the names and shapes of what it is given.
             [(name, list(value.shape)) for name, value in given.items()],
             repr(student.model) if given and student is not None else None,

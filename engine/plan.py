@@ -20,7 +20,7 @@ SAMPLES_PER_ROUND = 2**40
 """Distance between the first sample ids of two rounds, so that rounds may grow without renumbering."""
 
 YOUNGER = {
-    "synthesis": ("fan_out", "fork"),
+    "synthesis": ("fan_out", "fork", "guidance_interval", "reuse_every"),
     "guidance": (
         *("rho_schedule", "class_window", "batchnorm_window", "adversarial_window"),
         *("layers", "layer_weights", "statistics", "micro_batch"),
@@ -103,7 +103,11 @@ def round_labels(recipe: Recipe, round: int, first: int, samples: int) -> Tensor
 
 
 def synthesis_choices(
-    recipe: Recipe, prior_digest: str, teacher_digest: str, snapshot_digest: str | None = None
+    recipe: Recipe,
+    prior_digest: str,
+    teacher_digest: str,
+    snapshot_digest: str | None = None,
+    decoder_digest: str | None = None,
 ) -> dict[str, Any]:
     """All that a shard depends on besides its round and index, flat, by the names of the recipe's fields.
 
@@ -113,6 +117,7 @@ def synthesis_choices(
     content["synthesis"].pop("images_per_class")
     for field in ("weights", "metadata", "crop_fraction", "licence"):
         content["teacher"].pop(field)
+    light = {field: content["guidance"].pop(field) for field in ("decoder", "decoder_window")}
     for name, fields in YOUNGER.items():
         section = getattr(recipe, name)
         for field in fields:
@@ -137,6 +142,9 @@ def synthesis_choices(
         choices["engine.precision"] = precision
     if recipe.engine.attention == "xformers":
         choices["engine.attention"] = "xformers"
+    if decoder_digest is not None:
+        # The full one goes without saying.
+        choices |= {"guidance.decoder": decoder_digest, "guidance.decoder_window": light["decoder_window"]}
     if snapshot_digest is not None:
         choices["student"] = snapshot_digest
     return choices

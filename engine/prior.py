@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.guidance_decoder import GuidanceDecoder
 from diffdfkd.engine.lora import fuse_loras
 from diffdfkd.engine.prior_files import (
     component_classes,
@@ -53,6 +54,8 @@ class Prior:
     """From the front matter of the model card, if there is one."""
     guidance_width: int | None = None
     """Of a UNet that is told the guidance scale (a distilled latent consistency model): width of its embedding."""
+    guidance_decoder: GuidanceDecoder | None = None
+    """The light decoder that the recipe's guidance goes through, where it names one."""
 
     @torch.no_grad()
     def embed(self, prompts: list[str]) -> Tensor:
@@ -75,10 +78,14 @@ class Prior:
 
         float32, or wider where the VAE is.
         """
+        return self.brightness(latents).clamp(0, 1)
+
+    def brightness(self, latents: Tensor) -> Tensor:
+        """The same before it is clamped: D / 2 + 1 / 2."""
         dtype = next(self.vae.parameters()).dtype
         unscaled = latents / self.scaling_factor + self.shift_factor
         image = self.vae.decode(unscaled.to(dtype), return_dict=False)[0]  # type: ignore[operator]
-        return (at_least_float32(image) / 2 + 0.5).clamp(0, 1)
+        return at_least_float32(image) / 2 + 0.5
 
 
 def load_prior(recipe: PriorRecipe, device: torch.device | str) -> Prior:

@@ -147,6 +147,11 @@ def component_classes(folder: Path, *, complete: bool = True) -> dict[str, str]:
     return found
 
 
+def weight_files(folder: Path, component: str) -> list[Path]:
+    """Files of a component's weights as `find_weights` finds them; UserError as there."""
+    return _names(folder / component, STEMS[component], find_weights(folder, component))
+
+
 def find_weights(folder: Path, component: str) -> str | None:
     """Variant of a component's weights in a prior's folder: None for plain ones, else ``fp16``.
 

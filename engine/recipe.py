@@ -18,6 +18,7 @@ from diffdfkd.engine.recipe_section import Count, Fraction, Positive, Section, W
 from diffdfkd.engine.selection_recipe import SelectionRecipe
 
 Sampler = Literal["ddim", "ddpm", "euler", "dpmsolver++", "lcm"]
+FULL_DECODER = "full"
 
 
 class LoraRecipe(Section):
@@ -126,6 +127,11 @@ class SynthesisRecipe(Section):
     """Denoising steps."""
     guidance_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 2.0
     """Classifier-free guidance; 1 turns it off and halves the cost of the UNet."""
+    guidance_interval: Window = (0.0, 1.0)
+    """Part of the trajectory with classifier-free guidance; elsewhere the UNet runs on the prompt alone."""
+    reuse_every: Count = 1
+    """Run the whole UNet in each n-th step, and in between its outermost blocks alone, with the deep features kept
+    from the last whole call; 1 reuses nothing. In eager mode."""
     prompt: str | list[str] = "an image of a {}"
     """Template, or a list of which each sample draws one; ``{}`` is the class's word. Without ``{}`` the class enters
     through guidance alone."""
@@ -199,6 +205,12 @@ class GuidanceRecipe(Section):
     """Images that the networks see at once, whatever ``synthesis.batch_size``: L_bn is still that of the whole batch,
     exactly, for one more forward through decoder and teacher. Mode ``clean`` alone."""
 
+    decoder: str = FULL_DECODER
+    """What guidance decodes with: ``full`` is the prior's VAE, else a light decoder's file (``diffdfkd decoder``).
+    Final images are the VAE's in any case."""
+    decoder_window: Window = (0.0, 1.0)
+    """Part of the trajectory in which the light decoder serves; elsewhere the full one does."""
+
     @field_validator("layers", mode="before")
     @classmethod
     def _named(cls, layers: Any) -> Any:
@@ -217,20 +229,6 @@ class GuidanceRecipe(Section):
         if weights not in ("equal", "relative") and not numbers:
             raise ValueError("'equal', 'relative', or a list with a number greater than 0 for each layer")
         return weights
-
-    @field_validator("window", "class_window", "batchnorm_window", "adversarial_window", mode="before")
-    @classmethod
-    def _two(cls, window: Any) -> Any:
-        if isinstance(window, Sequence) and len(window) != 2:
-            raise ValueError("a window is its start and its end, as in [0.0, 0.8]")
-        return window
-
-    @field_validator("window", "class_window", "batchnorm_window", "adversarial_window")
-    @classmethod
-    def _ordered(cls, window: tuple[float, float]) -> tuple[float, float]:
-        if window[0] >= window[1]:
-            raise ValueError("the start must lie before the end, as in [0.0, 0.8]")
-        return window
 
 
 class CutMixRecipe(Section):

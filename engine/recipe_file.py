@@ -18,7 +18,10 @@ from diffdfkd.engine.recipe_yaml import parse_yaml
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
 
-PATHS = ("prior.path", "teacher.weights", "student.weights", "evaluation.images", "evaluation.labels")
+PATHS = (
+    *("prior.path", "teacher.weights", "student.weights", "guidance.decoder"),
+    *("evaluation.images", "evaluation.labels"),
+)
 
 
 def read_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -3,30 +3,29 @@
 A guided step is UNet -> predict -> guidance chain -> advance in mode ``clean``. Modes ``exact`` (as published:
 DiffDFKD, arXiv 2504.00870) and ``reuse`` take the gradient through the UNet as well and move z in the place of x0.
 Nothing in the loop waits for the device: what Python branches on is decided before it, and which step it is the device
-counts by itself. Between the stages of a clean step lie two launches, `predict` and `advance`, and nothing else.
+counts by itself.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffdfkd.engine.combinations import guided_steps
+from diffdfkd.engine.cheap_steps import whole_steps
 from diffdfkd.engine.cutmix import CutMixPlan
 from diffdfkd.engine.fan_out import branched
 from diffdfkd.engine.guidance_schedule import GuidanceSchedule
+from diffdfkd.engine.loop import Alone, Loop, open_lane, step_chains, step_kinds
 from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.schedule import Table
 from diffdfkd.engine.seams import blend, repair_seams
-from diffdfkd.engine.stages import BufferedUNet, Chain, Gradient, UNet, Vjp, dense, finite
-from diffdfkd.kernels.advance import Advance, advance
+from diffdfkd.engine.stages import Chain, UNet, Vjp, dense, finite
+from diffdfkd.kernels.advance import Advance
 from diffdfkd.kernels.launch import Kernel
 from diffdfkd.kernels.move import move
-from diffdfkd.kernels.predict import Prediction, predict
-from diffdfkd.kernels.row import named, row_at, start_counter
-from diffdfkd.kernels.step_inputs import Draw, Guidance, Mix, NextInput, write_input
+from diffdfkd.kernels.row import start_counter
+from diffdfkd.kernels.step_inputs import Draw, Mix
 
 
 @dataclass(frozen=True)
@@ -43,89 +42,6 @@ class Trajectory:
     """[S, 4], total, class, BatchNorm and adversarial loss per step; NaN where a step was not guided."""
     frozen: Tensor
     """[S] int32, samples that stopped being alive in each step, counted on the device; of all tails together."""
-
-
-class Kind(NamedTuple):
-    """What Python branches on in a step: steps of one kind are the same launches on the same tensors."""
-
-    guided: bool
-    draws: bool
-    last: bool
-    keep_x0: bool
-
-
-@dataclass(frozen=True)
-class Loop:
-    """What all steps of a trajectory share, and the step of mode ``clean`` and of no guidance."""
-
-    unet: UNet
-    context: Tensor
-    rows: Tensor
-    step: Tensor
-    scales: Tensor
-    next_input: NextInput
-    draw: Draw
-    mix: Mix | None
-    frozen: Tensor
-    guidance: GuidanceRecipe
-    schedule: GuidanceSchedule
-    kernel: Kernel
-
-    def predict(self, z: Tensor, output: Tensor, step: Tensor | None = None) -> Prediction:
-        """By the row of the trajectory's own counter, or of another."""
-        return predict(z, output, self.rows, self.step if step is None else step, self.scales, kernel=self.kernel)
-
-    def place(self, z: Tensor, index: int) -> None:
-        """Give the UNet latents z as its input of step ``index``."""
-        write_input(self.next_input.sample, named(self.rows[index]).input_scale * z)
-        timestep = self.next_input.timestep
-        timestep.copy_(self.next_input.timesteps[index].expand(len(timestep)))
-
-    def ask(self, chain: Chain, prediction: Prediction, target: Tensor, alive: Tensor) -> Gradient:
-        return chain(prediction.x0, target, alive, self.schedule.weights_at(self.step))
-
-    def steering(self, found: Gradient, factor: float = 1.0) -> Guidance:
-        """How the gradient is followed, with ``factor`` times the recipe's rho."""
-        guidance = self.guidance
-        return Guidance(found.gradient, found.norm, found.finite, self.scales, guidance.rho_rule, factor * guidance.rho)
-
-    def advance(
-        self,
-        kind: Kind,
-        z: Tensor,
-        prediction: Prediction,
-        previous_x0: Tensor | None,
-        alive: Tensor,
-        steering: Guidance | None,
-    ) -> Advance:
-        return advance(
-            z,
-            prediction,
-            previous_x0,
-            self.rows,
-            self.step,
-            alive,
-            guidance=steering,
-            noise=self.draw if kind.draws else None,
-            mix=self.mix,
-            next_input=None if kind.last else self.next_input,
-            keep_x0=kind.keep_x0,
-            frozen=self.frozen,
-            kernel=self.kernel,
-        )
-
-    def clean_step(
-        self, kind: Kind, chain: Chain | None, z: Tensor, previous_x0: Tensor | None, alive: Tensor, target: Tensor
-    ) -> tuple[Advance, Tensor | None]:
-        """(latents, x0 kept for the next step, who is alive), and the losses of a guided step."""
-        output = self.unet(self.next_input.sample, self.next_input.timestep, self.context)
-        prediction = self.predict(z, output)
-        if chain is None:
-            return self.advance(kind, z, prediction, previous_x0, alive, None), None
-        found = self.ask(chain, prediction, target, alive)
-        # The device knows which step it is, and what rho is there; Python knows it not in a recorded step.
-        steering = self.steering(found._replace(gradient=self.schedule.followed(found.gradient, self.step)))
-        return self.advance(kind, z, prediction, previous_x0, alive, steering), found.losses
 
 
 Enter = Callable[[CutMixPlan, Tensor], Loop]
@@ -147,7 +63,8 @@ def travel(
     def mend(state: Advance, index: int, boxes: Tensor, plan: CutMixPlan) -> Advance:
         """What follows a mix after step ``index``."""
         if (shares := plan.shares.get(index + 1)) is not None:
-            blend(loop.context, shares, prompts)
+            for lane in loop.lanes.values():
+                blend(lane.context, shares, prompts)
         if plan.repair is None:
             return state
         return state._replace(z=repair_seams(loop, state.z, state.alive, index, boxes, plan.repair))
@@ -201,16 +118,21 @@ def sample(
     guidance: GuidanceRecipe,
     plan: CutMixPlan,
     chain: Chain | None = None,
+    light: Chain | None = None,
     kernel: Kernel = "auto",
     vjp: Vjp | None = None,
+    alone: Alone | None = None,
+    reuse_every: int = 1,
 ) -> Trajectory:
     """Latents from unit noise [B, c, h, w] by the table's sampler, steered by ``chain`` as ``guidance`` says.
 
     ``context`` [2B, T, D], unconditional half first, with guidance scale ``scale`` (a number or [B]); or [B, T, D] with
     scale 1. ``sample_ids`` int64 [B] and ``seed`` draw the noise of stochastic samplers. Without a chain nothing is
     guided. Modes ``exact`` and ``reuse`` need ``vjp``, or a UNet stage that autograd can cross. ``plan`` is
-    `plan_cutmix`'s, for the table's steps. ``kernel`` is the form of the operations between the stages:
-    kernels/launch.py. Raises ValueError for a context or scale that does not fit.
+    `plan_cutmix`'s, for the table's steps. ``light`` guides in the steps of ``guidance.decoder_window``, where a light
+    decoder is named. ``alone`` takes over in steps without classifier-free guidance. With ``reuse_every`` above 1 the
+    UNet is a `ReusingUNet`: whole in each n-th step, and in those after a mix. ``kernel`` is the form of the operations
+    between the stages: kernels/launch.py. Raises ValueError for a context or scale that does not fit.
     """
     batch, device = len(noise), noise.device
     doubled = len(context) == 2 * batch
@@ -219,47 +141,44 @@ def sample(
     if not doubled and (isinstance(scale, Tensor) or scale != 1):
         raise ValueError(f"scale: got {scale} with a context that is not doubled; only scale 1 needs no second half")
     rows, timesteps = table.rows.to(device), table.timesteps.to(device)
-    guided = guided_steps(guidance, table.steps) if chain is not None else [False] * table.steps
-    plan, prompts = plan.to(device), context[-batch:]
+    chains = step_chains(guidance, table.steps, chain, light)
+    widths = [doubled and not (alone is not None and alone.steps[index]) for index in range(table.steps)]
+    kinds = step_kinds(table, chains, widths, whole_steps(reuse_every, widths, changes(plan)))
+    plan, prompts, sample_ids = plan.to(device), context[-batch:], sample_ids.to(device)
     scales = scale if isinstance(scale, Tensor) else torch.full((batch,), scale, dtype=torch.float32, device=device)
 
     # Latents lie as the UNet takes them, so that no step has to turn them round.
     z = (noise.float() * table.initial_scale).contiguous(memory_format=torch.channels_last)
-    if isinstance(unet, BufferedUNet):
-        inputs, timestep, context = unet.claim(context)
-        timestep.copy_(timesteps[0].expand(len(context)))
-    else:
-        context = context.clone() if plan.blends else context
-        inputs = torch.empty((len(context), *z.shape[1:]), device=device, memory_format=torch.channels_last)
-        timestep = timesteps[0].repeat(len(context))
-    next_input = NextInput(inputs, timestep, timesteps)
+    # What is blended is written where the UNet reads it, which is the caller's no longer.
+    context = context.clone() if plan.blends else context
+    lanes = {doubled: open_lane(unet, vjp, context, z.shape[1:], timesteps)}
+    if alone is not None:
+        lanes[False] = open_lane(alone.unet, alone.vjp, context[-batch:], z.shape[1:], timesteps)
     step = start_counter(device)
-    write_input(inputs, row_at(rows, step[:1]).input_scale * z)
     frozen = torch.zeros(table.steps, dtype=torch.int32, device=device)
-    schedule = GuidanceSchedule.of(guidance, guided, device)
+    schedule = GuidanceSchedule.of(guidance, [kind.guided for kind in kinds], device)
 
     def enter(plan: CutMixPlan, ids: Tensor) -> Loop:
         # Checked where the plan was made.
         mix = Mix(plan.partners, plan.boxes, checked=True) if any(plan.mixes) else None
-        draw = Draw(seed, ids)
-        return Loop(unet, context, rows, step, scales, next_input, draw, mix, frozen, guidance, schedule, kernel)
+        return Loop(lanes, widths, rows, step, scales, Draw(seed, ids), mix, frozen, guidance, schedule, kernel)
 
     def one(index: int, loop: Loop, state: Advance, target: Tensor) -> tuple[Advance, Tensor | None]:
         z, previous_x0, alive = state
-        last = index + 1 == table.steps
-        steers = chain if guided[index] else None
-        kind = Kind(steers is not None, table.draws[index], last, not last and table.looks_back[index + 1])
+        kind, (steers, _) = kinds[index], chains[index]
         if steers is None or guidance.mode == "clean":
             return loop.clean_step(kind, steers, z, previous_x0, alive, target)
-        with torch.set_grad_enabled(vjp is None):
-            leaf = inputs.detach().requires_grad_(vjp is None)
-            output = unet(leaf, next_input.timestep, context)
+        lane = lanes[kind.doubled]
+        inputs, timestep = lane.input.sample, lane.input.timestep
+        with torch.set_grad_enabled(lane.vjp is None):
+            leaf = inputs.detach().requires_grad_(lane.vjp is None)
+            output = lane.unet(leaf, timestep, lane.context)
         prediction = loop.predict(z, output.detach())
         gradient = loop.ask(steers, prediction, target, alive)
         # What guidance scale and prediction type make of it is left to `move`: the product is linear in it.
-        cotangent = gradient.gradient.repeat(2, 1, 1, 1) if doubled else gradient.gradient
-        if vjp is not None:
-            _, by_inputs = vjp(leaf, next_input.timestep, context, cotangent)
+        cotangent = gradient.gradient.repeat(2, 1, 1, 1) if kind.doubled else gradient.gradient
+        if lane.vjp is not None:
+            _, by_inputs = lane.vjp(leaf, timestep, lane.context, cotangent)
         else:
             (by_inputs,) = torch.autograd.grad(output, leaf, cotangent.to(output.dtype))
         z, prediction, alive = move(
@@ -274,8 +193,16 @@ def sample(
             kernel=kernel,
         )
         if guidance.mode == "exact":
-            prediction = loop.predict(z, unet(inputs, next_input.timestep, context))
+            prediction = loop.predict(z, lane.unet(inputs, timestep, lane.context))
         return loop.advance(kind, z, prediction, previous_x0, alive, None), gradient.losses
 
     start = Advance(z, None, torch.ones(batch, dtype=torch.bool, device=device))
-    return travel(enter, one, start, plan, sample_ids.to(device), prompts, table.steps)
+    enter(plan, sample_ids).place(z, 0)
+    return travel(enter, one, start, plan, sample_ids, prompts, table.steps)
+
+
+def changes(plan: CutMixPlan) -> list[bool]:
+    """Per step, whether latents are changed after it by more than the step, in the trunk or in a tail."""
+    plans = [plan, *(tail.plan for tail in plan.tails)]
+    forks = {tail.branch.step - 1 for tail in plan.tails}
+    return [any(own.mixes[step] for own in plans) or step in forks for step in range(len(plan.mixes))]

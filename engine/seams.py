@@ -14,7 +14,7 @@ from diffdfkd.kernels.philox import REPAIR, philox_normal
 from diffdfkd.kernels.row import named, start_counter
 
 if TYPE_CHECKING:
-    from diffdfkd.engine.sampler import Loop
+    from diffdfkd.engine.loop import Loop
 
 
 def blend(context: Tensor, shares: Tensor, prompts: Tensor) -> None:
@@ -44,9 +44,9 @@ def repair_seams(loop: "Loop", z: Tensor, alive: Tensor, index: int, boxes: Tens
     for turn in range(repair.passes):
         noise = philox_normal(loop.draw.seed, loop.draw.sample_ids, index * repair.passes + turn, REPAIR, z.shape[1:])
         noised = (up * z + spread * noise).contiguous(memory_format=torch.channels_last)
-        loop.place(noised, index)
+        lane = loop.place(noised, index)
         at.fill_(index)
-        output = loop.unet(loop.next_input.sample, loop.next_input.timestep, loop.context)
+        output = lane.unet(lane.input.sample, lane.input.timestep, lane.context)
         prediction = loop.predict(noised, output, at)
         again = row.x0 * prediction.x0 + row.eps * prediction.eps_hat
         z = torch.where(band, again, z).contiguous(memory_format=torch.channels_last)

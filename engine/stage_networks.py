@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from diffdfkd.engine.classifier import Classifier, Preprocessing
+from diffdfkd.engine.guidance_decoder import GuidanceDecoder
 from diffdfkd.engine.prior import Prior, quiet
 
 
@@ -28,6 +29,16 @@ def decoder(prior: Prior, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
     def decode(latents: Tensor) -> Tensor:
         return lowered.decode(latents.contiguous(memory_format=torch.channels_last))
+
+    return decode
+
+
+def light_decoder(light: GuidanceDecoder, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The same of a light decoder."""
+    lowered = in_precision(light, dtype)
+
+    def decode(latents: Tensor) -> Tensor:
+        return lowered(latents.to(dtype).contiguous(memory_format=torch.channels_last)).float()
 
     return decode
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.guidance_decoder import GuidanceDecoder
 from diffdfkd.engine.inversion import class_loss
 from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.recipe import GuidanceRecipe
@@ -107,6 +108,17 @@ def decode_stage(prior: Prior, dtype: torch.dtype = torch.float32) -> Callable[[
         latents = latents.contiguous(memory_format=torch.channels_last)
         with arithmetic(latents.device, dtype):
             images = prior.decode(latents)
+        return at_least_float32(images)
+
+    return decode
+
+
+def light_decode_stage(decoder: GuidanceDecoder, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:
+    """A light decoder in the place of `decode_stage`; its images may be smaller."""
+
+    def decode(latents: Tensor) -> Tensor:
+        with arithmetic(latents.device, dtype):
+            images = decoder(latents)
         return at_least_float32(images)
 
     return decode

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from diffdfkd.engine import shards
 from diffdfkd.engine.alarms import Signs, Watch
+from diffdfkd.engine.cheap_steps import uses_light
 from diffdfkd.engine.combinations import round_samples
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.journal import Journal
@@ -39,6 +40,7 @@ from diffdfkd.engine.plan import (
     weights_digest,
 )
 from diffdfkd.engine.preview_file import read_preview
+from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.progress import progress_bar
 from diffdfkd.engine.prompts import class_prompts
 from diffdfkd.engine.recipe import Recipe
@@ -178,7 +180,17 @@ def round_choices(recipe: Recipe, models: Models, round: int) -> dict[str, Any]:
         if models.student is None:
             raise ValueError(f"round {round} with guidance.adversarial_weight > 0 needs the student's snapshot")
         snapshot = weights_digest([models.student])
-    return synthesis_choices(recipe, prior, teacher, snapshot)
+    return synthesis_choices(recipe, prior, teacher, snapshot, decoder_digest(recipe, models.prior))
+
+
+def decoder_digest(recipe: Recipe, prior: Prior) -> str | None:
+    """Of the light decoder that the recipe guides through; None without one."""
+    if not uses_light(recipe.guidance):
+        return None
+    light = prior.guidance_decoder
+    if light is None:
+        raise ValueError(f"guidance.decoder={recipe.guidance.decoder} is not loaded with the prior")
+    return weights_digest([light], light.settings())
 
 
 def preview_of(output: Path, digest: str) -> dict[str, Any] | None:

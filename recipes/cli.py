@@ -333,6 +333,38 @@ def engines(
 
 
 @app.command()
+def decoder(
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Option(help="File to write, .safetensors.", show_default=False)],
+    overrides: Overrides = None,
+    form: Annotated[str, typer.Option(help="convolutions, or linear: one 3x3 map from latents to pixels.")] = (
+        "convolutions"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 64 latents.")] = 3000,
+    width: Annotated[int, typer.Option(min=1, max=1024, help="Channels at the latents' resolution.")] = 32,
+    images: Annotated[int, typer.Option(min=1, help="Unguided trajectories to learn from.")] = 500,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Highest rate of the schedule.")] = 3e-3,
+) -> None:
+    """A light decoder for guidance, distilled from the prior's own decoder on the prior's own samples.
+
+    \b
+      diffdfkd decoder fashion --output decoder.safetensors
+      diffdfkd run fashion output=runs/light guidance.decoder=decoder.safetensors
+
+    Prints how far its images are from the full decoder's, and the cosine of the guidance gradients, early, in the
+    middle and late in a trajectory. Killed, the same command continues.
+    """
+    resolved = load_recipe(recipe, overrides or ())
+    from diffdfkd.recipes.distill_decoder import distill_decoder
+
+    typer.echo(
+        distill_decoder(
+            resolved, output, form=form, steps=steps, width=width, images=images, learning_rate=learning_rate
+        )
+    )
+
+
+@app.command()
 def doctor(
     json: Annotated[Path | None, typer.Option(help="File to write the findings to.")] = None,
 ) -> None:

@@ -1,10 +1,12 @@
 """The plan of a run and what is missing for it, before anything is made: ``diffdfkd run RECIPE --dry-run``."""
 
+import operator
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from diffdfkd.engine.cheap_steps import light_steps, prompt_alone_steps, whole_steps
 from diffdfkd.engine.combinations import fork_step, guided_runs, guided_steps, round_samples, step_runs
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe
@@ -125,37 +127,55 @@ def _unet(recipe: Recipe, images: int) -> str:
 
     With fan-out per trajectory, which is several images.
     """
+    from diffdfkd.engine.cutmix import mixed_steps
+
     synthesis, guidance = recipe.synthesis, recipe.guidance
     fan_out, fork = synthesis.fan_out, fork_step(synthesis)
-    guided = guided_runs(recipe)
-    again, mending = (guided if guidance.mode == "exact" else 0), _mending(recipe)
-    halves = 2 if synthesis.guidance_scale != 1 and not _knows_scale(recipe) else 1
-    count = (sum(step_runs(synthesis)) + again + mending) * halves
+    guided, runs = guided_steps(guidance, synthesis.steps), step_runs(synthesis)
+    doubled = synthesis.guidance_scale != 1 and not _knows_scale(recipe)
+    rows = [2 if doubled and not alone else 1 for alone in prompt_alone_steps(synthesis)]
+    calls = [run * count for run, count in zip(runs, rows, strict=True)]
+    again = [run for run, steers in zip(runs, guided, strict=True) if steers and guidance.mode == "exact"]
+    mixed = set(mixed_steps(recipe.cutmix, synthesis.steps)) | ({fork - 1} if fan_out > 1 else set())
+    whole = whole_steps(
+        synthesis.reuse_every,
+        [count == 2 for count in rows],
+        [step in mixed for step in range(synthesis.steps)],
+    )
+    backwards = sum(count for count, steers in zip(calls, guided, strict=True) if steers)
+    mending, seconds = _mending(recipe, rows), backwards if again else 0
+    count = sum(count for count, all_of_it in zip(calls, whole, strict=True) if all_of_it) + seconds + mending
     terms = [f"{synthesis.steps} steps of {synthesis.sampler}"]
     if fan_out > 1:
         terms[0] += f" ({fork} for all {fan_out} images of a trajectory, {synthesis.steps - fork} for each of them)"
     if mending:
         terms.append(f"up to {mending} to mend seams (cutmix.repair=masked)")
     if again:
-        terms.append(f"{again} second calls (guidance.mode=exact)")
-    doubled = f", each twice for classifier-free guidance {synthesis.guidance_scale:g}" if halves == 2 else ""
+        terms.append(f"{sum(again)} second calls (guidance.mode=exact)")
+    twice = rows.count(2)
+    where = "each" if twice == len(rows) else f"{twice} of them"
+    halves = f", {where} twice for classifier-free guidance {synthesis.guidance_scale:g}" if twice else ""
+    shallow = f", {whole.count(False)} steps with the outermost blocks alone" if not all(whole) else ""
     backward = ""
     if guidance.mode in ("exact", "reuse"):
         whose = "an image" if fan_out == 1 else "a trajectory"
-        backward = f"; {guided * halves} of {whose}'s calls with a backward pass"
+        backward = f"; {backwards} of {whose}'s calls with a backward pass"
     each = "an image" if fan_out == 1 else f"for {fan_out} images"
-    return f"{' and '.join(terms)}{doubled}: {count} calls {each}, {count * images // fan_out:,} in all{backward}"
+    return (
+        f"{' and '.join(terms)}{halves}{shallow}: {count} calls {each}, {count * images // fan_out:,} in all{backward}"
+    )
 
 
-def _mending(recipe: Recipe) -> int:
-    """Most calls of the UNet that mend the seams of a trajectory and its children."""
+def _mending(recipe: Recipe, rows: Sequence[int]) -> int:
+    """Most evaluations of the UNet that mend a trajectory's seams and its children's; ``rows`` of an image a step."""
     from diffdfkd.engine.cutmix import mixed_steps
 
     synthesis, cutmix = recipe.synthesis, recipe.cutmix
     if cutmix.repair != "masked":
         return 0
     runs = step_runs(synthesis)
-    return cutmix.passes * (sum(runs[step] for step in mixed_steps(cutmix, synthesis.steps)) + synthesis.fan_out - 1)
+    mixes = sum(runs[step] * rows[step] for step in mixed_steps(cutmix, synthesis.steps))
+    return cutmix.passes * (mixes + (synthesis.fan_out - 1) * rows[fork_step(synthesis) - 1])
 
 
 def _knows_scale(recipe: Recipe) -> bool:
@@ -186,9 +206,19 @@ def _guidance(recipe: Recipe, images: int) -> str:
     if guidance.micro_batch is not None:
         mixed += f"; in micro-batches of {guidance.micro_batch}, with one more forward each for L_bn of the whole batch"
     return (
-        f"{guidance.mode}, {guided} of {steps} steps, each a gradient through decoder and teacher: "
+        f"{guidance.mode}, {guided} of {steps} steps, each a gradient through {_decoders(recipe)} and teacher: "
         f"{gradients:,} in all; {terms}; rho {guidance.rho:g} {guidance.rho_rule}{mixed}"
     )
+
+
+def _decoders(recipe: Recipe) -> str:
+    """What guidance decodes with."""
+    guidance, steps = recipe.guidance, recipe.synthesis.steps
+    light = sum(map(operator.and_, guided_steps(guidance, steps), light_steps(guidance, steps)))
+    if not light:
+        return "decoder"
+    others = sum(guided_steps(guidance, steps)) - light
+    return "the light decoder" if not others else f"decoder ({light} times the light one)"
 
 
 def _disk(recipe: Recipe) -> tuple[str, bool]:

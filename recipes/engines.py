@@ -63,23 +63,23 @@ def build_engines(recipe: Recipe, prior: "Prior", teacher: "Classifier", chosen:
 
     Returns the recipe. Of stages that are ``chosen`` rather than named, one that cannot be had with a student is eager.
     """
-    from diffdfkd.engine.backends.serve import backend_of, open_engine, run_settings
+    from diffdfkd.engine.backends.serve import backend_of, field_of, open_engine, run_settings
 
     for stage, subject in wanted(recipe, prior, teacher):
         try:
             # Asked here alone: where nothing is built no folder need be known for the cache.
             open_engine(subject, stage, backend_of(recipe, stage), run_settings(recipe)).runner.close()
         except UserError as reason:
-            if stage not in chosen or subject.student is None:
+            if field_of(stage) not in chosen or subject.student is None:
                 raise
             log.warning("%s; so guidance is eager, in all rounds alike", reason)
-            recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={stage: "eager"})})
+            recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={field_of(stage): "eager"})})
     return recipe
 
 
 def wanted(recipe: Recipe, prior: "Prior", teacher: "Classifier") -> list[tuple[str, "Subject"]]:
     """(stage, what it is made of) for all engines of the recipe's rounds: the chain with the student comes last."""
-    from diffdfkd.engine.backends.serve import backend_of, serves_itself
+    from diffdfkd.engine.backends.serve import backend_of, field_of, serves_itself, stages_of
     from diffdfkd.engine.classifier import build_classifier
     from diffdfkd.engine.painter import uses_student
 
@@ -88,17 +88,13 @@ def wanted(recipe: Recipe, prior: "Prior", teacher: "Classifier") -> list[tuple[
         return []
     first = subject_of(recipe, prior, teacher)
     found = [(stage, first) for stage in stages]
-    if "chain" in stages and recipe.rounds > 1 and uses_student(recipe, 1):
+    chains = [stage for stage in stages if field_of(stage) == "chain"]
+    if chains and recipe.rounds > 1 and uses_student(recipe, 1):
         # Its weights are inputs, so any student of the architecture will do.
         student = build_classifier(recipe.student, recipe.teacher, field="student", seed=recipe.seed)
-        found.append(("chain", replace(first, student=student.to(recipe.device).eval().requires_grad_(False))))
+        knowing = replace(first, student=student.to(recipe.device).eval().requires_grad_(False))
+        found += [(stage, knowing) for stage in chains]
     return found
-
-
-def stages_of(recipe: Recipe) -> list[str]:
-    """Stages that the recipe's rounds call."""
-    mode = recipe.guidance.mode
-    return ["unet", *(["vjp"] if mode in ("exact", "reuse") else []), *(["chain"] if mode != "none" else [])]
 
 
 def subject_of(recipe: Recipe, prior: "Prior", teacher: "Classifier") -> "Subject":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffdfkd.engine.cheap_steps import uses_light
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import LoraRecipe, Recipe
 
@@ -41,6 +42,8 @@ def take_stock(recipe: Recipe) -> Iterator[Item]:
     yield _prior(recipe)
     for index, lora in enumerate(recipe.prior.loras):
         yield _lora(lora, f"prior.loras.{index}")
+    if uses_light(recipe.guidance):
+        yield _guidance_decoder(recipe)
     yield _teacher(recipe)
     yield _student(recipe)
     yield _images(recipe)
@@ -103,6 +106,16 @@ def _lora(lora: LoraRecipe, field: str) -> Item:
         return Item(field, f"{lora.path} at {lora.revision}, in the cache, scale {lora.scale:g}")
     command = _download(lora.path, lora.revision, (name,))
     return Item(field, None, _nowhere(lora.path, lora.revision, None, field), command)
+
+
+def _guidance_decoder(recipe: Recipe) -> Item:
+    from diffdfkd.engine.guidance_decoder import MAKING, read_guidance_decoder
+
+    path = recipe.guidance.decoder
+    if not Path(path).is_file():
+        return Item("guidance.decoder", None, f"{path}: no such file; {MAKING}")
+    shape = read_guidance_decoder(Path(path)).shape
+    return Item("guidance.decoder", f"{path}: {shape.form}, latents enlarged {shape.scale} times")
 
 
 def _teacher(recipe: Recipe) -> Item:

@@ -43,6 +43,8 @@ def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         recipe = folder.recipe
         if (result := finished(folder, preview=True)) is not None:
             return result
+        from diffdfkd.engine.cheap_steps import uses_light
+        from diffdfkd.engine.gradient_cosine import check_decoder
         from diffdfkd.engine.preview import preview_pairs
         from diffdfkd.engine.reference import keep_reference
         from diffdfkd.engine.synthesis import Models, synthesize
@@ -55,6 +57,8 @@ def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         with session(folder, "run", time.perf_counter() - started) as journal:
             tell_engines(choices, journal)
             drop_broken_chain(folder, journal)
+            if uses_light(recipe.guidance):
+                check_decoder(recipe, prior, teacher, journal)
             for round in range(recipe.rounds):
                 models = Models(prior, teacher, student_of(folder, round - 1) if round else None)
                 if round == 0:
@@ -83,7 +87,9 @@ def load(recipe: Recipe) -> tuple["Prior", "Classifier", "Classifier", "Images |
 
 def load_prior_for(recipe: Recipe, teacher: "Classifier") -> "Prior":
     """The recipe's prior, once its schedule and the teacher are known to serve the recipe: those are looked at fast."""
+    from diffdfkd.engine.cheap_steps import uses_light
     from diffdfkd.engine.combinations import round_samples
+    from diffdfkd.engine.guidance_decoder import load_guidance_decoder
     from diffdfkd.engine.memory import fitting
     from diffdfkd.engine.painter import refuse_batch
     from diffdfkd.engine.plan import block_size
@@ -107,6 +113,8 @@ def load_prior_for(recipe: Recipe, teacher: "Classifier") -> "Prior":
         prior = load_prior(recipe.prior.model_copy(update={"path": str(folder)}), recipe.device)
     images = min(block_size(recipe), round_samples(recipe, 0))
     refuse_batch(prior, images, recipe.guidance.micro_batch)
+    if uses_light(recipe.guidance):
+        prior.guidance_decoder = load_guidance_decoder(recipe.guidance.decoder, prior)
     return prior
 
 

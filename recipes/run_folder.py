@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from diffdfkd.engine.errors import CURES, UserError
-from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
+from diffdfkd.engine.recipe import FULL_DECODER, Recipe, dump_recipe, load_recipe
 from diffdfkd.engine.recipe_file import repeating_command
 from diffdfkd.engine.run_recipe import frozen_fault
 from diffdfkd.recipes.launch import rank, settle_machine
@@ -282,13 +282,15 @@ def _absolute(recipe: Recipe) -> Recipe:
     def settled(path: str | None) -> str | None:
         return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
-    evaluation = recipe.evaluation
+    evaluation, guidance = recipe.evaluation, recipe.guidance
+    light = guidance.decoder if guidance.decoder == FULL_DECODER else settled(guidance.decoder)
     loras = [lora.model_copy(update={"path": settled(lora.path)}) for lora in recipe.prior.loras]
     return recipe.model_copy(
         update={
             "prior": recipe.prior.model_copy(update={"path": settled(recipe.prior.path), "loras": loras}),
             "teacher": recipe.teacher.model_copy(update={"weights": settled(recipe.teacher.weights)}),
             "student": recipe.student.model_copy(update={"weights": settled(recipe.student.weights)}),
+            "guidance": guidance.model_copy(update={"decoder": light}),
             "evaluation": evaluation.model_copy(
                 update={"images": settled(evaluation.images), "labels": settled(evaluation.labels)}
             ),

@@ -9,20 +9,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffdfkd.engine.cheap_steps import uses_light
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.recipe import LoraRecipe, Recipe, dump_recipe
+from diffdfkd.engine.recipe import FULL_DECODER, LoraRecipe, Recipe, dump_recipe
 
 MAY_DIFFER = (
     *("output", "evaluation.images", "evaluation.labels", "evaluation.batch_size", "evaluation.licence"),
     *("prior.licence", "teacher.licence", "teacher.metadata"),
     *("engine.cache", "engine.memory_mib", "engine.capabilities", "engine.freed_memory"),
 )
-BY_CONTENT = {"prior.path": "prior", "teacher.weights": "teacher", "student.weights": "student"}
+BY_CONTENT = {
+    "prior.path": "prior",
+    "teacher.weights": "teacher",
+    "student.weights": "student",
+    "guidance.decoder": "guidance decoder",
+}
 """Paths that may differ as long as what lies there has the digest that was frozen."""
+NO_FILE = (None, FULL_DECODER)
+"""Values of these fields that are no path."""
 
 
 def file_digests(recipe: Recipe, *, prior: bool) -> dict[str, str]:
     """SHA-256 of the files that the recipe names; a hub id stands for itself with its commit."""
+    from diffdfkd.engine.guidance_decoder import MAKING
     from diffdfkd.engine.prior_files import refuse_nowhere
     from diffdfkd.engine.weights import digest
 
@@ -33,6 +42,10 @@ def file_digests(recipe: Recipe, *, prior: bool) -> dict[str, str]:
         found["prior"] = digest(path) if Path(path).is_dir() else f"{path}@{recipe.prior.revision}"
         for index, lora in enumerate(recipe.prior.loras):
             found[f"lora {index}"] = _lora_digest(lora, f"prior.loras.{index}")
+        if uses_light(recipe.guidance):
+            if not Path(recipe.guidance.decoder).is_file():
+                raise UserError(f"guidance.decoder: {recipe.guidance.decoder}: no such file; {MAKING}, or give 'full'")
+            found[BY_CONTENT["guidance.decoder"]] = digest(recipe.guidance.decoder)
     for field in ("teacher", "student"):
         weights = getattr(recipe, field).weights
         if weights is None:
@@ -86,7 +99,7 @@ def refuse_other(
         now_: Any = ours.get(field)
         if was == now_ or field in MAY_DIFFER or field.startswith("about."):
             continue
-        if field in BY_CONTENT and was is not None and now_ is not None:
+        if field in BY_CONTENT and was not in NO_FILE and now_ not in NO_FILE:
             continue
         if field == "prior.loras" and [lora["scale"] for lora in was] == [lora["scale"] for lora in now_]:
             continue  # by their digests the same files, wherever they lie

@@ -20,7 +20,9 @@ def synthesize(recipe: Recipe, *, progress: bool = True) -> str:
     """
     refuse_launch("synthesize")
     started = time.perf_counter()
+    from diffdfkd.engine.cheap_steps import uses_light
     from diffdfkd.engine.classifier import build_classifier
+    from diffdfkd.engine.gradient_cosine import check_decoder
     from diffdfkd.engine.preview import preview_pairs
     from diffdfkd.engine.reference import keep_reference
     from diffdfkd.engine.synthesis import Models
@@ -36,6 +38,8 @@ def synthesize(recipe: Recipe, *, progress: bool = True) -> str:
         folder.freeze()
         with session(folder, "synthesize", time.perf_counter() - started) as journal:
             tell_engines(choices, journal)
+            if uses_light(recipe.guidance):
+                check_decoder(recipe, models.prior, teacher, journal)
             with stage(journal, "preview", recipe):
                 preview_pairs(recipe, models, folder.path, journal)
             with stage(journal, "reference", recipe):

@@ -8,6 +8,7 @@ who asked for no engine can do without.
 """
 
 import logging
+import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +22,9 @@ from torch import Tensor
 from diffdfkd.engine.backends.build import Backend, Make, Settings, build, graph_precision
 from diffdfkd.engine.backends.eager import EagerRunner
 from diffdfkd.engine.backends.identity import engine_identity, trial_identity
-from diffdfkd.engine.backends.serve import Subject, run_settings
-from diffdfkd.engine.combinations import guided_runs, round_samples, step_runs
+from diffdfkd.engine.backends.serve import Subject, field_of, run_settings, stages_of
+from diffdfkd.engine.cheap_steps import light_steps
+from diffdfkd.engine.combinations import guided_steps, round_samples, step_runs
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.memory import fitting
 from diffdfkd.engine.onnx_files import deepest_line
@@ -73,16 +75,20 @@ def settle_engines(recipe: Recipe, subject: Callable[[], Subject]) -> tuple[Reci
     calls = stage_calls(recipe)
     choices = []
     for stage, count in calls.items():
-        if getattr(recipe.engine, stage) != "auto":
+        field = field_of(stage)
+        if getattr(recipe.engine, field) != "auto":
             continue
         if stage == "unet" and recipe.guidance.mode in ("exact", "reuse"):
             choices.append(
-                Choice(stage, "eager", f"guidance.mode={recipe.guidance.mode} takes gradients through it", {})
+                Choice(field, "eager", f"guidance.mode={recipe.guidance.mode} takes gradients through it", {})
             )
         elif recipe.guidance.micro_batch is not None:
-            choices.append(Choice(stage, "eager", "guidance.micro_batch splits its batches", {}))
+            choices.append(Choice(field, "eager", "guidance.micro_batch splits its batches", {}))
+        elif stage == "unet" and recipe.synthesis.reuse_every > 1:
+            reason = f"synthesis.reuse_every={recipe.synthesis.reuse_every} runs parts of it, which no engine does"
+            choices.append(Choice(field, "eager", reason, {}))
         elif count < FEW_CALLS:
-            choices.append(Choice(stage, "eager", f"{count} calls are too few for a trial", {}))
+            choices.append(Choice(field, "eager", f"{count} calls are too few for a trial", {}))
         else:
             choices.append(_choose(stage, count, recipe, subject))
     chosen = {choice.stage: choice.engine for choice in choices}
@@ -98,7 +104,7 @@ def _choose(stage: str, calls: int, recipe: Recipe, subject: Callable[[], Subjec
     except UserError as reason:
         # No folder is known for the cache.
         log.warning("engine=auto: eager is taken for the %s: %s", stage, reason)
-        return Choice(stage, "eager", f"engines cannot be kept ({reason})", {})
+        return Choice(field_of(stage), "eager", f"engines cannot be kept ({reason})", {})
     return choose(stage, calls, subject(), settings)
 
 
@@ -107,10 +113,15 @@ def stage_calls(recipe: Recipe) -> dict[str, int]:
     synthesis = recipe.synthesis
     block, runs = synthesis.batch_size * synthesis.fan_out, step_runs(synthesis)
     batches = sum(-(-round_samples(recipe, round) // block) for round in range(recipe.rounds))
-    guided = guided_runs(recipe)
+    stages = stages_of(recipe)
     calls = {"unet": batches * sum(runs)}
-    if guided:
-        calls["chain"] = batches * guided
+    guided = guided_steps(recipe.guidance, synthesis.steps)
+    light = light_steps(recipe.guidance, synthesis.steps)
+    # One field decides on both: the heavier of the two is what is tried.
+    if "chain" in stages:
+        calls["chain"] = batches * sum(map(operator.mul, runs, map(operator.gt, guided, light)))
+    elif "light chain" in stages:
+        calls["light chain"] = batches * sum(map(operator.mul, runs, guided))
     return calls
 
 
@@ -136,7 +147,7 @@ def choose(stage_name: str, calls: int, subject: Subject, settings: Settings) ->
     if found["eager"] < GAIN * found[best]:
         best = "eager"
     words = ", ".join(f"{backend} {what}" for backend, what in tried.items())
-    return Choice(stage_name, best, words, tried)
+    return Choice(field_of(stage_name), best, words, tried)
 
 
 def candidates(device: torch.device) -> Sequence[Backend]:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from diffdfkd.engine.backends.build import Backend, Built, Make, Settings, build
 from diffdfkd.engine.backends.cache import EngineCache
+from diffdfkd.engine.cheap_steps import light_steps, prompt_alone_steps
 from diffdfkd.engine.classifier import Classifier
+from diffdfkd.engine.combinations import guided_steps
 from diffdfkd.engine.engine_stages import (
     Batches,
     chain_engine_stage,
@@ -63,6 +65,12 @@ class Subject:
             "chain": lambda dtype: chain_engine_stage(
                 prior, self.teacher, recipe.guidance, self.images, dtype, self.student
             ),
+            "light chain": lambda dtype: chain_engine_stage(
+                prior, self.teacher, recipe.guidance, self.images, dtype, self.student, prior.guidance_decoder
+            ),
+            # In steps without classifier-free guidance.
+            "unet alone": lambda dtype: unet_engine_stage(prior, self.images, self.context, dtype, scale),
+            "vjp alone": lambda dtype: vjp_engine_stage(prior, self.images, self.context, dtype, scale),
             "decoder": lambda dtype: decoder_engine_stage(prior, self.images, dtype),
         }
         return makers[stage]
@@ -76,9 +84,27 @@ def run_settings(recipe: Recipe) -> Settings:
     return Settings(EngineCache(folder), recipe.threads, tuple(engine.capabilities), limit)
 
 
+def stages_of(recipe: Recipe) -> list[str]:
+    """Stages that the recipe's rounds call."""
+    guidance, steps = recipe.guidance, recipe.synthesis.steps
+    alone = any(prompt_alone_steps(recipe.synthesis))
+    stages = ["unet", *(["unet alone"] if alone else [])]
+    if guidance.mode in ("exact", "reuse"):
+        stages += ["vjp", *(["vjp alone"] if alone else [])]
+    guided = list(zip(guided_steps(guidance, steps), light_steps(guidance, steps), strict=True))
+    stages += ["chain"] if (True, False) in guided else []
+    stages += ["light chain"] if (True, True) in guided else []
+    return stages
+
+
 def backend_of(recipe: Recipe, stage: str) -> str:
     """What the recipe says runs a stage: the UNet's gradients go with the UNet."""
-    return recipe.engine.chain if stage == "chain" else recipe.engine.unet
+    return getattr(recipe.engine, field_of(stage))  # type: ignore[no-any-return]
+
+
+def field_of(stage: str) -> str:
+    """The field under ``engine`` that says what runs a stage."""
+    return "chain" if stage in ("chain", "light chain") else "unet"
 
 
 def serves_itself(recipe: Recipe, backend: str) -> bool:
@@ -98,7 +124,7 @@ def open_engine(subject: Subject, stage: str, backend: str, settings: Settings) 
 
 def cannot_be_had(stage: str, backend: str, precision: torch.dtype, reason: NoEngine) -> UserError:
     """The error that names the field of an engine and the cure: of what eager cannot do it is the precision."""
-    field = "chain" if stage == "chain" else "unet"
+    field = field_of(stage)
     cure = f"; or give engine.{field}=eager"
     if backend == "eager":
         cure = "" if precision == torch.float32 else "; give engine.precision=float32"

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffdfkd.engine.captured import CapturedSampler
 from diffdfkd.engine.cutmix import plan_cutmix
 from diffdfkd.engine.recipe import CutMixRecipe, GuidanceRecipe
-from diffdfkd.engine.sampler import sample
+from diffdfkd.engine.sampler import Alone, sample
 from diffdfkd.engine.schedule import make_table
 from diffdfkd.engine.stages import Gradient
 from diffdfkd.kernels.philox import INITIAL_NOISE, philox_normal
@@ -93,3 +93,65 @@ def test_trajectories_are_those_of_the_plain_loop(sampler: str, scale: float, gu
         assert found.latents.data_ptr() != captured.z.data_ptr()
     kinds = {key[0].guided for key in captured.replays}
     assert kinds == ({True, False} if guided else {False})
+
+
+def lazy(x0: Tensor, targets: Tensor, alive: Tensor) -> Gradient:
+    """A light decoder's chain, another one than the full's."""
+    return chain(x0 + 1, targets, alive)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
+@pytest.mark.parametrize("mixed", [0, 2])
+def test_recorded_steps_know_their_chain_and_their_rows(sampler: str, mixed: int) -> None:
+    """Two chains and an interval of classifier-free guidance, over two batches: as in the plain loop."""
+    table = make_table(sampler, CONFIG, STEPS)
+    guidance = GuidanceRecipe(window=(0.0, 0.7), decoder="light", decoder_window=(0.0, 0.3))
+    alone = Alone([True, False, False, False, True], unet)
+    captured = CapturedSampler(
+        unet,
+        table,
+        scale=3.0,
+        shape=(B, *SHAPE),
+        context=(2 * B, 4, 3),
+        classes=CLASSES,
+        seed=5,
+        guidance=guidance,
+        chain=chain,
+        light=lazy,
+        alone=alone,
+        kernel="reference",
+        device=torch.device("cpu"),
+        record=again,
+    )
+    for batch in range(2):
+        ids = torch.arange(B) + 10 * batch
+        context = torch.randn(2 * B, 4, 3, generator=torch.Generator().manual_seed(batch))
+        cutmix = CutMixRecipe(every=mixed, partner="any", probability=1.0)
+        plan = plan_cutmix(cutmix, ids % CLASSES, CLASSES, STEPS, SHAPE[1:], 5, ids)
+        noise = philox_normal(5, ids, 0, INITIAL_NOISE, SHAPE)
+        expected = sample(
+            unet,
+            table,
+            context,
+            scale=3.0,
+            noise=noise,
+            sample_ids=ids,
+            seed=5,
+            guidance=guidance,
+            plan=plan,
+            chain=chain,
+            light=lazy,
+            alone=alone,
+            kernel="reference",
+        )
+        found = captured(context, noise, ids, plan)
+        assert torch.equal(found.latents, expected.latents)
+        assert torch.equal(found.losses.nan_to_num(), expected.losses.nan_to_num())
+    kinds = {(kind.guided, kind.light, kind.doubled, kind.next_doubled) for kind, _, _ in captured.replays}
+    assert kinds == {
+        (True, True, False, True),
+        (True, True, True, True),
+        (True, False, True, True),
+        (True, False, True, False),
+        (False, False, False, False),
+    }

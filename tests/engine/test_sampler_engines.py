@@ -359,13 +359,13 @@ def test_demo_step_by_step(demo: Demo, monkeypatch: pytest.MonkeyPatch, samples:
         denoiser = painter.denoiser
 
         def both(loop: Loop, kind: Kind, chain: Any, z: Tensor, before: Any, alive: Tensor, target: Tensor) -> Any:
-            inputs = loop.next_input
+            lane = loop.lanes[kind.doubled]
+            inputs = lane.input._replace(sample=lane.input.sample.clone(), timestep=lane.input.timestep.clone())
             twin = dataclasses.replace(
                 loop,
-                unet=denoiser.unet,
+                lanes={kind.doubled: lane._replace(unet=denoiser.unet, input=inputs)},
                 step=loop.step.clone(),
                 frozen=loop.frozen.clone(),
-                next_input=inputs._replace(sample=inputs.sample.clone(), timestep=inputs.timestep.clone()),
             )
             assert (
                 chain is not None and isinstance(denoiser.unet, EngineUNet) and isinstance(denoiser.chain, EngineChain)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from bad_cheap_cases import CASES as CHEAP
 from bad_engine_cases import CASES as ENGINES
 from bad_extra_cases import CASES as EXTRAS
 from bad_image_cases import CASES as IMAGES
@@ -15,7 +16,7 @@ from bad_prior_cases import CASES as PRIORS
 from bad_run_cases import CASES as RUNS
 from bad_selection_cases import CASES as SELECTIONS
 
-CASES = [*TYPED, *PRIORS, *NETWORKS, *IMAGES, *EXTRAS, *ENGINES, *SELECTIONS, *RUNS]
+CASES = [*TYPED, *PRIORS, *NETWORKS, *IMAGES, *EXTRAS, *ENGINES, *CHEAP, *SELECTIONS, *RUNS]
 JOURNAL = "run/metrics.jsonl"
 
 
