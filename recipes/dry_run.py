@@ -96,11 +96,13 @@ def _plan(recipe: Recipe, device: str) -> Iterator[str]:
     yield _entry("guidance", _guidance(recipe, images))
     epochs = distillation.steps * distillation.batch_size / images
     cached, reason = uses_cache(distillation, images)
+    maps = {"class activation maps": distillation.cam_weight, "Grad-CAMs": distillation.sarc_weight}
+    losses = "".join(f" and {name} by {weight:g}" for name, weight in maps.items() if weight > 0)
     yield _entry(
         "distillation",
         f"{distillation.steps:,} steps of {distillation.batch_size}, {epochs:,.1f} times through all images; "
         f"{distillation.optimizer}, learning rate {distillation.learning_rate:g}, temperature "
-        f"{distillation.temperature:g}; the teacher's answers are {'kept' if cached else 'computed'}: {reason}",
+        f"{distillation.temperature:g}{losses}; the teacher's answers are {'kept' if cached else 'computed'}: {reason}",
     )
 
 

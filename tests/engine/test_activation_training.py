@@ -198,6 +198,9 @@ def test_named_stages_without_a_weight_change_nothing(tmp_path: Path) -> None:
     train(tmp_path / "a", plain, toy_recipe(**off))
     train(tmp_path / "b", named, toy_recipe(**off, student_stages=["no", "such", "modules"]))
     assert_same(plain, named)
+    # Nor is a checkpoint made anew that an earlier version left, which did not know the fields.
+    assert not {"cam_weight", "sarc_weight", "teacher_stages", "student_stages"} & toy_recipe(**off).course().keys()
+    assert toy_recipe().course()["sarc_weight"] == 20.0
     (event,) = [event for event in read_journal(tmp_path / "a" / "metrics.jsonl") if event["event"] == "distill"]
     assert event.keys() == {"event", "time", "step", "loss", "learning_rate"}
 
