@@ -36,7 +36,7 @@ def diversity_section(folder: Path, result: Content) -> Part | None:
     if doubles:
         rows.append(("Near-duplicates", f"{doubles.get('count', 0):,} ({percent(doubles.get('share'), 1)})"))
     beside: Content = found.get("beside_unguided") or {}
-    rows += _beside_rows(beside)
+    rows += [*_beside_rows(beside), *_selection_rows(result.get("selection") or {})]
     by_class = zip(result.get("classes") or [], distance.get("per_class") or [], strict=False)
     measured = sorted((value, name) for name, value in by_class if value is not None)
     lines = [(name, value, f"{value:.2f}") for value, name in measured[:MOST_CLASSES]]
@@ -68,6 +68,14 @@ def _beside_rows(beside: Content) -> list[tuple[str, str]]:
     if distance.get("share") is not None:
         rows.append(("Distance within a class, to the teacher", f"{percent(distance['share'], 0)} of the unguided"))
     return rows
+
+
+def _selection_rows(selection: Content) -> list[tuple[str, str]]:
+    if not selection:
+        return []
+    dropped = [f"{count:,} dropped by {name}" for name, count in selection["dropped"].items()]
+    counts = ", ".join([f"{selection['kept']:,} kept", *dropped])
+    return [("Selected for the student", f"{counts}; they weigh as {selection['effective_sample_size']:,.0f} would")]
 
 
 def _doubles(folder: Path, doubles: Content) -> str:

@@ -71,6 +71,14 @@ class BesideUnguided(_Row):
     measure: str
 
 
+class Selected(_Row):
+    """Of the last round's images."""
+
+    kept: int
+    dropped: Counts
+    effective_sample_size: float
+
+
 class Diversity(_Row):
     intra_class_distance: Distances
     near_duplicates: Doubles
@@ -109,6 +117,8 @@ class Result(_Row):
     seed: int
     rounds: int
     distillation_steps: int
+    selection: Selected | None = None
+    """None where all images count alike, and of runs older than the field."""
     distillation_loss: float | None
     holdout_agreement: float | None
     versions: dict[str, str | None]

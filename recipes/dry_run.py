@@ -78,6 +78,7 @@ def _machine(recipe: Recipe) -> tuple[str, str | None]:
 def _plan(recipe: Recipe, device: str) -> Iterator[str]:
     from diffdfkd.engine.logits import uses_cache
     from diffdfkd.engine.plan import block_size, shard_plan
+    from diffdfkd.engine.reference import reference_count
 
     synthesis, distillation = recipe.synthesis, recipe.distillation
     images = sum(round_samples(recipe, round) for round in range(recipe.rounds))
@@ -91,6 +92,8 @@ def _plan(recipe: Recipe, device: str) -> Iterator[str]:
         f"{_many(recipe.rounds, 'round')}, {_many(len(shards), 'shard')}, {_many(batches, 'batch')} of at most "
         f"{synthesis.batch_size}{forks}",
     )
+    if beside := reference_count(recipe):
+        yield _entry("comparison", f"{beside:,} unguided images more, which diversity is judged beside; none is stored")
     yield _entry("prompts", _prompts(recipe))
     yield _entry("UNet", _unet(recipe, images))
     yield _entry("guidance", _guidance(recipe, images))
@@ -104,6 +107,10 @@ def _plan(recipe: Recipe, device: str) -> Iterator[str]:
         f"{distillation.optimizer}, learning rate {distillation.learning_rate:g}, temperature "
         f"{distillation.temperature:g}{losses}; the teacher's answers are {'kept' if cached else 'computed'}: {reason}",
     )
+    if recipe.selection.acts(recipe.rounds > 1):
+        given = recipe.selection.model_dump(mode="json", exclude_defaults=True)
+        fields = ", ".join(f"{name} {value}" for name, value in given.items())
+        yield _entry("selection", f"of these images by {fields}; how many are left is known once they are made")
 
 
 def _prompts(recipe: Recipe) -> str:

@@ -132,6 +132,7 @@ def figures(folder: RunFolder, evaluation: "Evaluation | None") -> dict[str, Any
     account = accounts(rows)
     by_class, dropped = (Counter[str](), 0) if folder.images else made_images(folder)
     last: dict[str, Any] = next((row for row in reversed(rows) if row["event"] == "distillation"), {})
+    selected: dict[str, Any] = next((row for row in reversed(rows) if row["event"] == "selection"), {})
     return {
         "student_accuracy": evaluation.accuracy if evaluation else None,
         "accuracy_interval": evaluation.accuracy_interval if evaluation else None,
@@ -158,6 +159,7 @@ def figures(folder: RunFolder, evaluation: "Evaluation | None") -> dict[str, Any
         "seed": recipe.seed,
         "rounds": recipe.rounds,
         "distillation_steps": recipe.distillation.steps,
+        "selection": {key: selected[key] for key in selected if key not in ("event", "time", "until_step")} or None,
         "distillation_loss": last.get("loss"),
         "holdout_agreement": last.get("holdout_agreement"),
         "versions": versions(),

@@ -69,7 +69,7 @@ class Toy:
 
 
 def pull(towards: float) -> Any:
-    def chain(x0: Tensor, targets: Tensor, alive: Tensor) -> Gradient:
+    def chain(x0: Tensor, targets: Tensor, alive: Tensor, weights: Tensor) -> Gradient:
         gradient = x0 - towards
         return Gradient(gradient, gradient.flatten(1).norm(dim=1), alive, torch.full((4,), towards))
 

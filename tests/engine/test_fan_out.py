@@ -27,7 +27,7 @@ def unet(sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
     return torch.tanh(0.3 * sample + near + drive) + sample * timestep[:, None, None, None] / 5000
 
 
-def chain(x0: Tensor, targets: Tensor, alive: Tensor) -> Gradient:
+def chain(x0: Tensor, targets: Tensor, alive: Tensor, weights: Tensor) -> Gradient:
     """Of a batch as a whole, as L_bn is."""
     goal = targets @ torch.arange(CLASSES).float()
     gradient = (x0 - goal[:, None, None, None]) / 4 + x0.mean(0, keepdim=True) / 8

@@ -44,7 +44,7 @@ class Buffered:
         return unet(*self.held)
 
 
-def chain(x0: Tensor, targets: Tensor, alive: Tensor) -> Gradient:
+def chain(x0: Tensor, targets: Tensor, alive: Tensor, weights: Tensor) -> Gradient:
     gradient = (x0 - (targets @ torch.arange(CLASSES).float())[:, None, None, None]) / 4
     norm = gradient.flatten(1).norm(dim=1)
     return Gradient(gradient, norm, alive & torch.isfinite(norm), torch.stack([norm.mean()] * 4))

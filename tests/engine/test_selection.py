@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +22,7 @@ from diffdfkd.engine.logits import Logits
 from diffdfkd.engine.selection import UNIT, Selection, balanced, repeated, select
 from diffdfkd.engine.selection_recipe import SelectionRecipe
 
+WORKER = Path(__file__).with_name("selection_worker.py")
 CPU = torch.device("cpu")
 AS_IT_IS = Preprocessing(1, 8, (0.5,), (0.5,), "bilinear")
 
@@ -77,11 +81,9 @@ def train(
 ) -> int:
     """`distill` on the CPU with a journal in the folder; the step that it began at."""
     teacher = Classifier(Quadrants(), AS_IT_IS, list("abcd")).requires_grad_(False)
-    how = {"seed": 7, "data_digest": "one", "device": "cpu", "progress": False, **options}
+    how = {"seed": 7, "data_digest": "one", "device": "cpu", "progress": False, "output": folder / "student", **options}
     with Journal(folder / "metrics.jsonl") as journal:
-        return distill(
-            student, teacher, images or pictures(64), recipe, folder / "student", journal=journal, **how
-        ).start_step
+        return distill(student, teacher, images or pictures(64), recipe, journal=journal, **how).start_step
 
 
 def assert_same_weights(left: Classifier, right: Classifier) -> None:
@@ -286,3 +288,19 @@ def test_killed_and_continued_over_two_rounds_equals_undisturbed(
     train(tmp_path / "b", make_student(), recipe, pictures(64), until_step=6, data_digest="one")
     starts = [event for event in read_journal(tmp_path / "b" / "metrics.jsonl") if event["event"] == "distill_start"]
     assert "another recipe" in starts[-1]["reason"]
+
+
+@pytest.mark.slow
+def test_two_processes_select_and_train_as_one(tmp_path: Path) -> None:
+    launches = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    for name, launch in launches.items():
+        command = [sys.executable, *launch, str(WORKER), str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+    one, first, second = (
+        torch.load(tmp_path / name, weights_only=True) for name in ("one/0.pt", "two/0.pt", "two/1.pt")
+    )
+    for name, value in one.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)

@@ -93,6 +93,13 @@ def test_a_disk_that_may_be_too_small_is_said_twice(plan: Plan, monkeypatch: pyt
     assert "ready nothing is missing, but the disk may be too small; " in text
 
 
+def test_selection_and_unguided_images_are_planned_where_there_are_any(plan: Plan) -> None:
+    text, _ = plan("selection.balance=0.5", "synthesis.images_per_class=60")
+    assert "selection of these images by balance 0.5" in text and "comparison 24 unguided images more" in text
+    text, _ = plan()
+    assert "selection" not in text and "comparison" not in text
+
+
 @pytest.mark.parametrize("mode", ["none", "clean", "reuse", "exact"])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_unet_is_called_as_often_as_planned(plan: Plan, tiny_recipe: Path, mode: str, scale: float) -> None:

@@ -46,11 +46,16 @@ def test_two_rounds_with_a_selection_killed_and_continued(
     monkeypatch.setattr(distillation, "select", telling)
     folder = tmp_path / "run"
     recipe = load_recipe(tiny_recipe, [f"output={folder}", *SELECTED])
-    run(recipe, progress=False)
+    result = run(recipe, progress=False)
     first, second = events(folder, "selection")
     assert first["kept"] + first["dropped"]["duplicates"] == 16 and "disagreement" not in first
     assert second["kept"] + second["dropped"]["duplicates"] == 32 and second["disagreement"] > 0
     assert 8 <= first["effective_sample_size"] < first["kept"]
+    assert result["selection"].items() <= second.items() and result["selection"]["kept"] == second["kept"]
+    assert (
+        f"{second['kept']} kept, {second['dropped']['duplicates']} dropped by duplicates"
+        in (folder / "report.html").read_text()
+    )
     whole = student(folder)
     # The first round's images are those of the run without a selection; its student is another.
     shards = [path / "synthetic" / "round-000" / "shard-00000.tar" for path in (finished_run[0], folder)]
