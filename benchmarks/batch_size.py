@@ -145,8 +145,9 @@ def _ascending(rows: dict[int, Row]) -> list[Row]:
 def _sizes(recipe: Recipe, batch: int) -> list[str]:
     """Overrides for `SHARDS` shards of one batch in the first round, and less than one image of each class more."""
     # CutMix within a class needs two images of it.
-    least = 2 if recipe.cutmix.every and recipe.cutmix.partner == "within" else 1
-    images = max(least, -(-SHARDS * batch // len(recipe.teacher.classes)))
+    fan_out = recipe.synthesis.fan_out
+    least = 2 if (recipe.cutmix.every or fan_out > 1) and recipe.cutmix.partner == "within" else 1
+    images = fan_out * max(least, -(-SHARDS * batch // len(recipe.teacher.classes)))
     sizes = {"images_per_class": images * recipe.rounds, "batch_size": batch, "batches_per_shard": 1}
     return ["distillation.holdout=0", *(f"synthesis.{name}={size}" for name, size in sizes.items())]
 

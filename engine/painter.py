@@ -178,13 +178,13 @@ class Painter:
     def _denoise(
         self, ids: Tensor, classes: Tensor, drawn: Tensor, guided: bool, mixed: bool
     ) -> tuple[CutMixPlan, Trajectory]:
-        """Trajectories of ids [m, B], by child, and the parents' classes and prompts [B]."""
+        """From ids [m, B] of all children, first those who are the trajectories, and classes and prompts [B]."""
         recipe = self.recipe
-        ids, classes = ids.to(self.device), classes.to(self.device)
         cutmix = recipe.cutmix if mixed else recipe.cutmix.model_copy(update={"every": 0})
         shape = self.prior.latent_shape
         steps, fork = recipe.synthesis.steps, fork_step(recipe.synthesis)
         plan = plan_fan_out(cutmix, classes, len(recipe.teacher.classes), steps, shape[1:], recipe.seed, ids, fork)
+        ids = ids.to(self.device)
         context = self.context[self.rows[drawn.to(self.device)]]
         if self.denoiser.scale != 1:
             context = torch.cat([self.context[-1:].expand_as(context), context])
