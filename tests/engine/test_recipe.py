@@ -11,6 +11,7 @@ import yaml
 
 from diffdfkd.engine.combinations import round_samples
 from diffdfkd.engine.errors import UserError
+from diffdfkd.engine.plan import synthesis_choices
 from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
 
 MINIMAL: dict[str, Any] = {
@@ -272,3 +273,17 @@ def test_a_digest_that_begins_like_a_number_stays_text() -> None:
     from diffdfkd.engine.recipe_yaml import parse_yaml
 
     assert parse_yaml("digest: 33e40acd77b7\nrate: 1e-3\n", "a.yaml") == {"digest": "33e40acd77b7", "rate": 0.001}
+
+
+def test_cheap_fields_enter_the_choices_where_they_differ_alone() -> None:
+    def choices(*overrides: str, decoder: str | None = None) -> dict[str, Any]:
+        return synthesis_choices(load_recipe(MINIMAL, overrides), "prior", "teacher", None, decoder)
+
+    usual = choices()
+    assert not {"guidance.decoder", "guidance.decoder_window", "synthesis.reuse_every"} & usual.keys()
+    assert "synthesis.guidance_interval" not in usual
+    interval = choices("synthesis.guidance_interval=[0,0.5]")
+    assert interval == {**usual, "synthesis.guidance_interval": [0.0, 0.5]}
+    assert choices("synthesis.reuse_every=2") == {**usual, "synthesis.reuse_every": 2}
+    light = choices("guidance.decoder=a.safetensors", "guidance.decoder_window=[0,0.5]", decoder="digest")
+    assert light == {**usual, "guidance.decoder": "digest", "guidance.decoder_window": [0.0, 0.5]}

@@ -13,11 +13,13 @@ from diffdfkd.engine import denoiser
 from diffdfkd.engine.backends.choose import settle_engines, stage_calls
 from diffdfkd.engine.backends.serve import stages_of
 from diffdfkd.engine.classifier import build_classifier
+from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.guidance_decoder import read_guidance_decoder
 from diffdfkd.engine.journal import read_journal
 from diffdfkd.engine.painter import Models, Painter
 from diffdfkd.engine.recipe import Recipe, load_recipe
 from diffdfkd.engine.shards import list_shards
+from diffdfkd.recipes import distill_decoder
 from diffdfkd.recipes.dry_run import dry_run
 from diffdfkd.recipes.run import load_prior_for
 
@@ -27,10 +29,10 @@ Call = Callable[[list[str]], tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def light(tmp_path_factory: pytest.TempPathFactory, good_recipe: dict[str, Any]) -> Path:
     """A decoder's file, distilled for a moment."""
-    from diffdfkd.recipes.distill_decoder import distill_decoder
-
     path = tmp_path_factory.mktemp("light") / "light.safetensors"
-    text = distill_decoder(load_recipe(good_recipe), path, steps=150, width=8, images=8, learning_rate=1e-2)
+    text = distill_decoder.distill_decoder(
+        load_recipe(good_recipe), path, steps=150, width=8, images=8, learning_rate=1e-2
+    )
     assert "cosine" in text and all(level in text for level in ("early", "middle", "late"))
     return path
 
@@ -51,6 +53,41 @@ def test_decoder_command(good_recipe: dict[str, Any], tmp_path: Path, command_li
     assert (tmp_path / "made" / "a.safetensors").read_bytes() == (tmp_path / "made" / "b.safetensors").read_bytes()
     assert errors["c"] < errors["a"]
     assert read_guidance_decoder(tmp_path / "made" / "a.safetensors").shape.scale == 4
+
+
+def test_decoder_command_goes_on_where_it_was_killed(
+    good_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, plain, calls = load_recipe(good_recipe), distill_decoder.losses, []
+
+    def distil(name: str) -> bytes:
+        output = tmp_path / f"{name}.safetensors"
+        distill_decoder.distill_decoder(recipe, output, steps=120, width=4, images=4)
+        return output.read_bytes()
+
+    def killed(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 110:
+            raise KeyboardInterrupt
+        return plain(*given)
+
+    undisturbed = distil("undisturbed")
+    monkeypatch.setattr(distill_decoder, "losses", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distil("killed")
+    assert not (tmp_path / "killed.safetensors").exists()
+    assert distil("killed") == undisturbed
+    assert len(calls) == 110 + 20
+    assert not list(tmp_path.glob(".*.checkpoint"))
+
+
+def test_interval_needs_a_second_half(
+    good_recipe: dict[str, Any], prior_builder: Callable[..., Path], tmp_path: Path
+) -> None:
+    told = prior_builder(tmp_path / "told", unet={"time_cond_proj_dim": 8})
+    recipe = load_recipe({**good_recipe, "prior": str(told)}, ["synthesis.guidance_interval=[0,0.5]"])
+    with pytest.raises(UserError, match=r"synthesis\.guidance_interval: .* takes the guidance scale"):
+        painted(recipe, loaded(recipe))
 
 
 def test_run_with_a_light_decoder(

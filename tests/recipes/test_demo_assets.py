@@ -7,8 +7,11 @@ import re
 
 import pytest
 
+from diffdfkd.engine.classifier import build_classifier
+from diffdfkd.engine.gradient_cosine import compare_decoders
 from diffdfkd.engine.recipe import load_recipe
 from diffdfkd.engine.recipe_file import CONFIGS
+from diffdfkd.recipes.run import load_prior_for
 
 ASSETS = CONFIGS.parent / "assets" / "fashion"
 ROW = re.compile(r"(t10k-\S+\.gz) \| ([\d,]+) \| ([0-9a-f]{64}) \| ([0-9a-f]{64})")
@@ -32,3 +35,14 @@ def test_teacher_is_the_one_that_its_record_describes() -> None:
     teacher = load_recipe("fashion").teacher
     assert (teacher.classes, teacher.channels, teacher.size) == (record["classes"], 1, record["size"])
     assert (teacher.mean, teacher.std) == ([record["mean"]], [pytest.approx(record["std"], abs=5e-4)])
+
+
+def test_light_decoder_is_the_priors_and_leads_where_the_full_one_does() -> None:
+    path = ASSETS / "guidance_decoder.safetensors"
+    assert path.stat().st_size < 300_000
+    overrides = [f"guidance.decoder={path}", "device=cpu", "kernel=reference"]
+    recipe = load_recipe("fashion", overrides)
+    teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher")
+    prior = load_prior_for(recipe, teacher)
+    (found,) = compare_decoders(recipe, prior, teacher, samples=20, steps=[8])
+    assert found.level == "late" and found.cosine > 0.75 and found.pixels < 0.01, found
