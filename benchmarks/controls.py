@@ -8,9 +8,7 @@ the oracle alone (``--fashion``), which no other part of the demo reads.
 """
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 import shutil
 import sys
@@ -23,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffdfkd.benchmarks.statistics import paired
+from diffdfkd.benchmarks.tables import write_csv
 from diffdfkd.engine.accounts import accounts
 from diffdfkd.engine.classifier import Classifier, Preprocessing, build_classifier
 from diffdfkd.engine.distillation import distill
@@ -46,8 +46,6 @@ BUDGETS: dict[str, list[str]] = {
     "small": ["synthesis.images_per_class=120", "distillation.steps=500", "distillation.batch_size=128"],
     "default": [],
 }
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 @dataclass
@@ -151,6 +149,7 @@ def train_on(images: Images, recipe: Recipe, folder: Path) -> dict[str, Any]:
     return {
         "student_accuracy": result.accuracy,
         "teacher_accuracy": result.teacher_accuracy,
+        "agreement": result.agreement,
         "images": len(images),
         "seconds": accounts(read_journal(folder / "metrics.jsonl")).distillation_seconds,
     }
@@ -229,26 +228,7 @@ def one(variant: str, budget: str, seed: int, arguments: argparse.Namespace) -> 
     return row
 
 
-def t_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean by Student's t over seeds; NaN from one seed or more than ten."""
-    quantile = T_95.get(len(values) - 1, float("nan"))
-    half = quantile * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
-    return float(values.mean() - half), float(values.mean() + half)
-
-
-def bootstrap_interval(differences: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of [seeds, images], resampling seeds and, within them, test images."""
-    generator = np.random.default_rng(0)
-    seeds, images = differences.shape
-    means = np.empty(draws)
-    for draw in range(draws):
-        chosen = differences[generator.integers(seeds, size=seeds)]
-        means[draw] = chosen[:, generator.integers(images, size=images)].mean()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def paired(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def differences(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Guided minus each other variant, paired by seed and test image, in points of accuracy."""
     test = open_test(load_recipe(arguments.recipe))
     assert test is not None
@@ -263,33 +243,22 @@ def paired(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[di
                         np.load(arguments.output / f"{variant}-{budget}-{seed}" / "predictions.npy") == labels.numpy()
                         for seed in seeds
                     ]
-                ).astype(float)
+                )
                 for variant in ("guided", other)
             }
-            differences = 100 * (correct["guided"] - correct[other])
-            low, high = t_interval(differences.mean(axis=1))
-            boot_low, boot_high = bootstrap_interval(differences)
+            found = paired(correct["guided"], correct[other])
             values = {
-                "points": differences.mean(),
-                "t95_low": low,
-                "t95_high": high,
-                "bootstrap95_low": boot_low,
-                "bootstrap95_high": boot_high,
+                "points": found.points,
+                "t95_low": found.t95[0],
+                "t95_high": found.t95[1],
+                "bootstrap95_low": found.bootstrap95[0],
+                "bootstrap95_high": found.bootstrap95[1],
             }
             table.append(
                 {"budget": budget, "difference": f"guided - {other}", "seeds": len(seeds)}
-                | {key: round(float(value), 2) for key, value in values.items()}
+                | {key: round(value, 2) for key, value in values.items()}
             )
     return table
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, text.getvalue().encode())
 
 
 def main() -> None:
@@ -316,7 +285,7 @@ def main() -> None:
         return  # the tables are written when all variants are asked for; what is made is not made again
     rows.sort(key=lambda row: (list(BUDGETS).index(row["budget"]), VARIANTS.index(row["variant"]), row["seed"]))
     write_csv(arguments.results / "controls-fashion.csv", rows)
-    table = paired(rows, arguments)
+    table = differences(rows, arguments)
     write_csv(arguments.results / "controls-fashion-paired.csv", table)
     for row in table:
         print(row)
