@@ -10,7 +10,6 @@ the oracle alone (``--fashion``), which no other part of the demo reads.
 import argparse
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffdfkd.benchmarks.shared_shards import take_shards
 from diffdfkd.benchmarks.statistics import paired
 from diffdfkd.benchmarks.tables import write_csv
 from diffdfkd.engine.accounts import accounts
@@ -32,7 +32,7 @@ from diffdfkd.engine.images import Images, open_images
 from diffdfkd.engine.journal import Journal, read_journal
 from diffdfkd.engine.plan import shard_plan
 from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
-from diffdfkd.engine.shards import round_folder, shard_path, write_atomic
+from diffdfkd.engine.shards import write_atomic
 from diffdfkd.recipes.command import complain
 from diffdfkd.recipes.figures import load_student, stage
 from diffdfkd.recipes.launch import settle_machine
@@ -158,7 +158,7 @@ def train_on(images: Images, recipe: Recipe, folder: Path) -> dict[str, Any]:
 def run_synthesis(recipe: Recipe, shared: Path | None) -> dict[str, Any]:
     """The recipe as ``diffdfkd run`` runs it; shards that a larger run of the same choices made are taken from it.
 
-    A shard is a function of the recipe's choices alone, which the run checks: the copies are what it would make.
+    A shard is a function of the recipe's choices alone, which the run checks.
     """
     output = Path(recipe.output)
     reused = 0.0
@@ -170,12 +170,7 @@ def run_synthesis(recipe: Recipe, shared: Path | None) -> dict[str, Any]:
             if event["event"] == "shard"
         }
         reused = sum(made[shard.index] for shard in plan)
-        source, target = (round_folder(root / "synthetic", 0) for root in (shared, output))
-        target.mkdir(parents=True, exist_ok=True)
-        for shard in plan:
-            for path in (shard_path(source, shard.index), shard_path(source, shard.index).with_suffix(".json")):
-                if not (target / path.name).exists():
-                    shutil.copyfile(path, target / path.name)
+        recipe = take_shards(recipe, shared, [shard.index for shard in plan])
     result = run(recipe)
     student, test = load_student(output / "student" / "student.safetensors", recipe), open_test(recipe)
     assert test is not None
