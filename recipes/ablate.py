@@ -123,8 +123,8 @@ def _claim(output: Path, source: str, overrides: Sequence[str], recipe: Recipe) 
         for name, value in record.items():
             if held.get(name) != value:
                 raise UserError(
-                    f"--output: {output} holds another ablation ({name}: {held.get(name)}, now {value}); choose "
-                    "another folder"
+                    f"--output: {output} holds another ablation ({name}: {held.get(name)}, now {value}); "
+                    "choose another folder"
                 )
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

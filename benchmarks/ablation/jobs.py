@@ -1,10 +1,13 @@
 """The jobs of an ablation as processes, some at a time; a finished one is never done again."""
 
 import json
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,7 +62,8 @@ def make_runs(runs: Sequence[Run], output: Path, at_once: int, *, progress: bool
     waiting = _tasks([run for run in unique.values() if run.digest not in rows], stores, output)
     failures: list[str] = []
     running: dict[str, tuple[Task, Process]] = {}
-    with progress_bar(len(unique), "ablation", unit="runs", shown=progress, done=len(rows)) as bar:
+    bar = progress_bar(len(unique), "ablation", unit="runs", shown=progress, done=len(rows))
+    with bar, _termination_interrupts():
         try:
             while waiting or running:
                 pending = {str(task.folder) for task in waiting} | set(running)
@@ -90,6 +94,19 @@ def make_runs(runs: Sequence[Run], output: Path, at_once: int, *, progress: bool
         more = f" ({len(failures) - 1} more failed)" if len(failures) > 1 else ""
         raise UserError(f"{failures[0]}{more}; mend it, and give the command again: what is made stays")
     return rows
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """A request to end is taken as Ctrl-C is, since processes that outlive this one would hold their folders."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def launch(job: Job) -> Process:

@@ -121,7 +121,7 @@ def plan_stores(runs: Sequence[Run]) -> dict[str, Store]:
     for run in runs:
         if run.source == "synthetic":
             groups.setdefault(_digest(_choices(run.recipe)), []).append(run)
-    stores = {}
+    stores: dict[str, Store] = {}
     for digest, members in groups.items():
         largest = max(members, key=lambda run: run.images)
         stores |= {run.digest: Store(digest, largest.recipe) for run in members}

@@ -1,6 +1,7 @@
 """Jobs without their processes: order, what is shared, what is made again, and failures."""
 
 import json
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,8 +116,9 @@ def test_a_failed_run_is_named_and_the_others_are_made(
     assert "x: longer, 4000 images, 4000 steps, seed 1: 50.00 %\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_all_processes_are_stopped(
-    machine: Machine, runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, machine: Machine, runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine.never_done = True
     looks = 0
@@ -125,12 +127,13 @@ def test_interrupted_all_processes_are_stopped(
         nonlocal looks
         looks += 1
         if looks > 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
 
     monkeypatch.setattr("time.sleep", sleep)
     with pytest.raises(KeyboardInterrupt):
         make_runs(runs, tmp_path, 2, progress=False)
     assert machine.stopped == machine.started and len(machine.started) == 2
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_rows_of_another_recipe_and_damaged_ones_are_refused(machine: Machine, runs: list[Run], tmp_path: Path) -> None:
