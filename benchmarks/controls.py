@@ -12,7 +12,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,21 @@ from torch import Tensor
 
 from diffdfkd.benchmarks.shared_shards import take_shards
 from diffdfkd.benchmarks.statistics import paired
+from diffdfkd.benchmarks.students import answers, train_student
 from diffdfkd.benchmarks.tables import write_csv
-from diffdfkd.engine.accounts import accounts
 from diffdfkd.engine.classifier import Classifier, Preprocessing, build_classifier
-from diffdfkd.engine.distillation import distill
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.evaluation import evaluate
 from diffdfkd.engine.images import Images, open_images
-from diffdfkd.engine.journal import Journal, read_journal
+from diffdfkd.engine.journal import read_journal
 from diffdfkd.engine.plan import shard_plan
 from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
 from diffdfkd.engine.shards import write_atomic
 from diffdfkd.recipes.command import complain
-from diffdfkd.recipes.figures import load_student, stage
+from diffdfkd.recipes.figures import load_student
 from diffdfkd.recipes.launch import settle_machine
 from diffdfkd.recipes.render_icons import Glyphs, augment, load_glyphs
-from diffdfkd.recipes.run import load_classifiers, open_test, run, use_device
+from diffdfkd.recipes.run import open_test, run
 from diffdfkd.recipes.train_teacher import fashion_split, training_files
 
 RESULTS = Path(__file__).parent / "results"
@@ -109,49 +108,31 @@ def real_images(folder: Path | None, count: int, seed: int) -> Subset:
 
 def save_predictions(folder: Path, student: Classifier, test: Images, accuracy: float) -> None:
     """Predicted classes [N] as ``predictions.npy``, which must give the accuracy that the evaluation gave."""
-    student.eval()
-    parts, labels = [], []
-    with torch.inference_mode():
-        for first in range(0, len(test), 500):
-            pixels, truth = test.read(range(first, min(first + 500, len(test))))
-            parts.append(student(pixels.float() / 255).argmax(1))
-            labels.append(truth)
-    predicted = torch.cat(parts)
-    found = (predicted == torch.cat(labels)).double().mean().item()
+    predicted, truth = answers(student, test)
+    found = float((predicted == truth).mean())
     # Batches of another size may turn a tie.
     if abs(found - accuracy) > 2e-4:
         raise RuntimeError(f"{folder}: predictions give an accuracy of {found}, the evaluation gave {accuracy}")
-    np.save(folder / "predictions.npy", predicted.numpy())
+    np.save(folder / "predictions.npy", predicted)
 
 
 def train_on(images: Images, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """The recipe's student distilled on other images: same teacher, budget, augmentation, seed and device."""
-    use_device(recipe)
-    teacher, student, test = load_classifiers(recipe)
-    assert test is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    with Journal(folder / "metrics.jsonl") as journal, stage(journal, "distillation", recipe):
-        journal.log("session", command="controls")
-        summary = distill(
-            student,
-            teacher,
-            images,
-            recipe.distillation,
-            folder / "student",
-            seed=recipe.seed,
-            data_digest=f"{type(images).__name__} {len(images)} {recipe.seed}",
-            journal=journal,
-            device=recipe.device,
-        )
-        journal.log("distillation", images=len(images), **asdict(summary))
-    result = evaluate(student, test, teacher=teacher, batch_size=recipe.evaluation.batch_size, device=recipe.device)
-    save_predictions(folder, student, test, result.accuracy)
+    digest = f"{type(images).__name__} {len(images)} {recipe.seed}"
+    made = train_student(recipe, images, folder, digest, command="controls")
+    result = evaluate(
+        made.student,
+        made.test,
+        teacher=made.teacher,
+        batch_size=recipe.evaluation.batch_size,
+        device=recipe.device,
+    )
+    save_predictions(folder, made.student, made.test, result.accuracy)
     return {
         "student_accuracy": result.accuracy,
         "teacher_accuracy": result.teacher_accuracy,
-        "agreement": result.agreement,
         "images": len(images),
-        "seconds": accounts(read_journal(folder / "metrics.jsonl")).distillation_seconds,
+        "seconds": made.seconds,
     }
 
 

@@ -32,15 +32,16 @@ def ablate(
     jobs: int = 1,
     images: Path | None = None,
     labels: Path | None = None,
+    skip: Sequence[str] = (),
     progress: bool = True,
 ) -> str:
     """Make the runs of the axes that are missing under ``output``, and all tables; returns what was found, in words.
 
     ``jobs`` runs at a time, each with one thread unless the recipe or an override says otherwise. ``images`` and
-    ``labels`` are judged on in the place of the recipe's test images. Raises UserError before anything is made, and
-    for a run that failed, once the others are done.
+    ``labels`` are judged on in the place of the recipe's test images; variants in ``skip`` are left out. Raises
+    UserError before anything is made, and for a run that failed, once the others are done.
     """
-    from diffdfkd.benchmarks.ablation.axis import read_axis
+    from diffdfkd.benchmarks.ablation.axis import read_axis, without
     from diffdfkd.benchmarks.ablation.comparisons import refuse_comparison
     from diffdfkd.benchmarks.ablation.plan import plan_runs
 
@@ -57,7 +58,7 @@ def ablate(
     recipe = load_recipe(source, [*overrides, *evaluation])
     if jobs > 1 and recipe.threads is None:
         overrides = [*overrides, "threads=1"]
-    chosen = [read_axis(name, source) for name in axes]
+    chosen = without([read_axis(name, source) for name in axes], skip)
     runs = plan_runs(source, overrides, chosen, seeds, evaluation)
     for run in runs:
         if run.source != "synthetic":

@@ -349,6 +349,7 @@ def ablate(
         Path | None, typer.Option(help="Real images to judge on, such as a validation split; the recipe's by default.")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="IDX labels, if not beside the images.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="A variant to leave out; may be given again.")] = None,
 ) -> None:
     """What each choice brings: variants of a recipe over seeds, with intervals.
 
@@ -375,6 +376,7 @@ def ablate(
             jobs=jobs,
             images=images,
             labels=labels,
+            skip=skip or (),
         )
     )
 

@@ -13,6 +13,7 @@ Packaged axes lie in ``recipes/configs/ablations``, those of one recipe in a fol
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -114,3 +115,19 @@ def packaged_axes(recipe: str) -> dict[str, Path]:
     """Files of the packaged axes for a recipe's name, by their names."""
     files = [*AXES.glob("*.yaml"), *(AXES / Path(recipe).stem).glob("*.yaml")]
     return {file.stem: file for file in sorted(files, key=lambda file: (file.stem, len(file.parts)))}
+
+
+def without(axes: Sequence[Axis], skip: Sequence[str]) -> list[Axis]:
+    """The axes without some variants; UserError for one that none has, and for a reference."""
+    for name in skip:
+        if not any(name in axis.variants for axis in axes):
+            there = ", ".join(dict.fromkeys(variant for axis in axes for variant in axis.variants))
+            raise UserError(f"--skip: there is no variant {name}; take one of {there}")
+        if (needs := next((axis.name for axis in axes if axis.reference == name), None)) is not None:
+            raise UserError(f"--skip: {name} is what the others of {needs} are compared with; leave it in")
+    return [
+        axis.model_copy(
+            update={"variants": {name: variant for name, variant in axis.variants.items() if name not in skip}}
+        )
+        for axis in axes
+    ]

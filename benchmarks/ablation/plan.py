@@ -48,7 +48,7 @@ class Run:
 
     @property
     def digest(self) -> str:
-        return _digest(self.content)
+        return digest_of(self.content)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def plan_stores(runs: Sequence[Run]) -> dict[str, Store]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.source == "synthetic":
-            groups.setdefault(_digest(_choices(run.recipe)), []).append(run)
+            groups.setdefault(digest_of(_choices(run.recipe)), []).append(run)
     stores: dict[str, Store] = {}
     for digest, members in groups.items():
         largest = max(members, key=lambda run: run.images)
@@ -144,5 +144,6 @@ def _choices(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
-def _digest(content: Any) -> str:
+def digest_of(content: Any) -> str:
+    """Short name of JSON-ready content."""
     return hashlib.sha256(canonical_json(content)).hexdigest()[:16]

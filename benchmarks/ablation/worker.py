@@ -13,18 +13,26 @@ from typing import Any, Literal
 
 import numpy as np
 
+from diffdfkd.benchmarks.ablation import comparisons
 from diffdfkd.benchmarks.ablation.axis import Source
 from diffdfkd.benchmarks.ablation.evaluations import network_evaluations
-from diffdfkd.benchmarks.ablation.plan import shared_shards
+from diffdfkd.benchmarks.ablation.plan import digest_of, shared_shards
+from diffdfkd.benchmarks.conditions import commit
+from diffdfkd.benchmarks.controls import save_predictions
 from diffdfkd.benchmarks.shared_shards import take_shards
+from diffdfkd.benchmarks.students import Trained, answers, kept_answers, train_student
 from diffdfkd.engine.accounts import accounts
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.journal import read_journal
 from diffdfkd.engine.plan import shard_plan
-from diffdfkd.engine.recipe import Recipe, load_recipe
+from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
 from diffdfkd.engine.shards import write_atomic
 from diffdfkd.recipes.command import complain
-from diffdfkd.recipes.run_folder import begun, hold
+from diffdfkd.recipes.distill import own_shards
+from diffdfkd.recipes.figures import load_student
+from diffdfkd.recipes.run import open_test, run, shard_parts
+from diffdfkd.recipes.run_folder import begun, claim, hold
+from diffdfkd.recipes.synthesize import synthesize
 
 JOB, ROW, PREDICTIONS = "job.json", "row.json", "predictions.npy"
 
@@ -53,8 +61,6 @@ def work(file: Path) -> None:
     job = Job(**json.loads(file.read_text(encoding="utf-8")))
     recipe = load_recipe(job.recipe)
     if job.kind == "store":
-        from diffdfkd.recipes.synthesize import synthesize
-
         synthesize(recipe, progress=False)
         return
     if job.kind == "synthetic":
@@ -66,36 +72,39 @@ def work(file: Path) -> None:
 
 
 def synthetic_row(recipe: Recipe, store: Path) -> dict[str, Any]:
-    """The recipe as ``diffdfkd run`` runs it, on the store's images as far as they are its own."""
-    from diffdfkd.recipes.distill import distill
-    from diffdfkd.recipes.run import run
-
+    """The student of the recipe's synthetic images: the store's as far as they are its own, the others made here."""
     made = begun(store)
     if made is None:
         raise UserError(f"{store}: holds no images; give the ablation's command again")
     shared = shared_shards(made, recipe)
     recipe = take_shards(recipe, store, shared)
-    folder = Path(recipe.output)
     if recipe.rounds == 1 and len(shared) == len(shard_plan(recipe, 0)):
-        result = distill(recipe, progress=False)
-        assert result is not None
+        with claim(recipe, prior=False) as folder:
+            images, digest = own_shards(folder)
+            trained = train_student(
+                folder.recipe,
+                images,
+                folder.path,
+                digest,
+                parts=shard_parts(folder, 1),
+                command="ablate",
+                progress=False,
+            )
+            figures = _judged(folder.recipe, trained) | {"images": len(images)}
     else:
-        if not (folder / "preview").exists():
-            shutil.copytree(store / "preview", folder / "preview")
-        result = run(recipe, progress=False)
-    # Of a store that is made on after a kill, and of this run's own shards, each journal knows its own.
+        figures = _whole_run(recipe, store)
+    # Each journal knows the shards that were made beside it, over all sessions.
     rows = [
         row
         for row in read_journal(store / "metrics.jsonl")
         if row["event"] == "shard" and row["round"] == 0 and row["shard"] in shared
     ]
-    seconds = accounts(rows).synthesis_seconds + (result["synthesis_seconds"] or 0.0)
-    _save_predictions(folder, recipe, result["student_accuracy"])
+    own = accounts(read_journal(Path(recipe.output) / "metrics.jsonl"))
+    seconds = accounts(rows).synthesis_seconds + own.synthesis_seconds
     return {
-        **_figures(recipe, result),
-        "images": result["images"],
+        **_rounded(recipe, figures),
         "sampling_steps": recipe.synthesis.steps,
-        "images_per_second": round(result["images"] / seconds, 2) if seconds else None,
+        "images_per_second": round(figures["images"] / seconds, 2) if seconds else None,
         "synthesis_seconds": round(seconds, 1),
         "network_evaluations": network_evaluations(recipe),
         "engine": "/".join(dict.fromkeys((recipe.engine.unet, recipe.engine.chain))),
@@ -104,15 +113,15 @@ def synthetic_row(recipe: Recipe, store: Path) -> dict[str, Any]:
 
 def comparison_row(recipe: Recipe, source: str) -> dict[str, Any]:
     """The recipe's student on images that nobody synthesised: no synthesis is counted."""
-    from diffdfkd.benchmarks.ablation.comparisons import comparison_images
-    from diffdfkd.benchmarks.controls import train_on
-
     folder = Path(recipe.output)
+    images = comparisons.comparison_images(recipe, source)
     with hold(folder):
-        result = train_on(comparison_images(recipe, source), recipe, folder)
+        trained = train_student(
+            recipe, images, folder, f"{source} {len(images)} {recipe.seed}", command="ablate", progress=False
+        )
+        figures = _judged(recipe, trained) | {"images": len(images)}
     return {
-        **_figures(recipe, {**result, "distillation_seconds": result["seconds"]}),
-        "images": result["images"],
+        **_rounded(recipe, figures),
         "sampling_steps": 0,
         "images_per_second": None,
         "synthesis_seconds": 0.0,
@@ -121,27 +130,44 @@ def comparison_row(recipe: Recipe, source: str) -> dict[str, Any]:
     }
 
 
-def _figures(recipe: Recipe, result: dict[str, Any]) -> dict[str, Any]:
-    from diffdfkd.benchmarks.conditions import commit
-
+def _judged(recipe: Recipe, trained: Trained) -> dict[str, Any]:
+    """The student's answers, kept as ``predictions.npy``, against the truth and the teacher's, which all runs share."""
+    folder, batch = Path(recipe.output), recipe.evaluation.batch_size
+    predicted, truth = answers(trained.student, trained.test, batch)
+    np.save(folder / PREDICTIONS, predicted)
+    asked = digest_of({"teacher": dump_recipe(recipe)["teacher"], "judged on": dump_recipe(recipe)["evaluation"]})
+    teacher = kept_answers(folder.parent / f"teacher-{asked}.npy", trained.teacher, trained.test, batch)
     return {
-        **{key: round(result[key], 4) for key in ("student_accuracy", "teacher_accuracy", "agreement")},
+        "student_accuracy": float((predicted == truth).mean()),
+        "teacher_accuracy": float((teacher == truth).mean()),
+        "agreement": float((predicted == teacher).mean()),
+        "distillation_seconds": trained.seconds,
+    }
+
+
+def _whole_run(recipe: Recipe, store: Path) -> dict[str, Any]:
+    """As ``diffdfkd run``: rounds of synthesis and distillation, or a last shard that is not the store's."""
+    folder = Path(recipe.output)
+    if not (folder / "preview").exists():
+        shutil.copytree(store / "preview", folder / "preview")
+    result = run(recipe, progress=False)
+    test = open_test(recipe)
+    assert test is not None
+    student = load_student(folder / "student" / "student.safetensors", recipe)
+    save_predictions(folder, student, test, result["student_accuracy"])
+    return result
+
+
+def _rounded(recipe: Recipe, figures: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **{key: round(figures[key], 4) for key in ("student_accuracy", "teacher_accuracy", "agreement")},
+        "images": figures["images"],
         "steps": recipe.distillation.steps,
-        "distillation_seconds": round(result["distillation_seconds"], 1),
+        "distillation_seconds": round(figures["distillation_seconds"], 1),
         "commit": commit(),
         "device": recipe.device,
         "threads": recipe.threads,
     }
-
-
-def _save_predictions(folder: Path, recipe: Recipe, accuracy: float) -> None:
-    from diffdfkd.benchmarks.controls import save_predictions
-    from diffdfkd.recipes.figures import load_student
-    from diffdfkd.recipes.run import open_test
-
-    test = open_test(recipe)
-    assert test is not None
-    save_predictions(folder, load_student(folder / "student" / "student.safetensors", recipe), test, accuracy)
 
 
 def read_predictions(folder: Path) -> np.ndarray:

@@ -155,8 +155,11 @@ def test_tables_and_page(tmp_path: Path, launched: list[Job], command_line: Call
 def test_one_seed_resolves_nothing(tmp_path: Path, launched: list[Job], command_line: Call) -> None:
     content = {**AXIS, "grid": {}}
     arguments = ["ablate", "fashion", "device=cpu", "--axis", axis_file(tmp_path, content), "--seeds", "1"]
-    code, _, err = command_line([*arguments, "--output", str(tmp_path / "out"), "--csv", str(tmp_path / "t" / "a.csv")])
+    arguments += ["--output", str(tmp_path / "out"), "--csv", str(tmp_path / "t" / "a.csv")]
+    code, _, err = command_line([*arguments, "--skip", "floor"])
     assert code == 0, err
+    assert "floor" not in {row["variant"] for row in read(tmp_path / "t" / "a.csv")}
+    assert command_line(arguments)[0] == 0
     assert "one seed, so that nothing is resolved" in (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
     assert [row["t95_low"] for row in read(tmp_path / "t" / "a-paired.csv")] == [""] * 3
     assert not (tmp_path / "t" / "a-worth.csv").exists()
@@ -175,6 +178,8 @@ def test_one_seed_resolves_nothing(tmp_path: Path, launched: list[Job], command_
         (["--axis", "AXIS", "--output", "held"], "--output: held exists, and is no ablation's folder"),
         (["output=x", "--axis", "AXIS"], "output=x: an ablation has its own; give --output"),
         (["guidance.rho=0", "--axis", "AXIS"], "guidance.rho: got 0"),
+        (["--axis", "AXIS", "--skip", "flor"], "--skip: there is no variant flor; take one of unguided, guided"),
+        (["--axis", "AXIS", "--skip", "guided"], "--skip: guided is what the others of trial are compared with"),
         (["--axis", "STRANGE"], "--axis: strange: variant bad: guidance.strength: unknown field"),
         (
             ["prior=elsewhere", "--axis", "AXIS"],

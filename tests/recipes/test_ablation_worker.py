@@ -81,6 +81,13 @@ def test_training_alone_differs_on_the_same_images(good_recipe: dict[str, Any], 
     assert [row["steps"] for row in rows] == [4, 8]
     assert rows[0]["synthesis_seconds"] == rows[1]["synthesis_seconds"]
     assert not (tmp_path / "1" / "preview").exists(), "the prior was loaded"
+    assert len(list(tmp_path.glob("teacher-*.npy"))) == 1, "the teacher is asked once"
+    run_alone(longer.model_copy(update={"output": str(tmp_path / "alone")}), progress=False)
+    student = Path("student", "student.safetensors")
+    assert (tmp_path / "1" / student).read_bytes() == (tmp_path / "alone" / student).read_bytes()
+    result = json.loads((tmp_path / "alone" / "result.json").read_text())
+    for key in ("student_accuracy", "teacher_accuracy", "agreement"):
+        assert rows[1][key] == pytest.approx(result[key], abs=1e-4)
     predictions = read_predictions(tmp_path / "1")
     assert predictions.shape == (32,) and np.mean(predictions == np.arange(32) % 4) == pytest.approx(
         rows[1]["student_accuracy"], abs=1e-4
