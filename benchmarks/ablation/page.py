@@ -58,22 +58,37 @@ def _in_words(axis: Axis, pairs: Sequence[Mapping[str, Any]], seeds: int) -> str
             f"{axis.name}: one seed, so that nothing is resolved: a difference below may be that of two draws of "
             "images and weights."
         )
-    several = len({(row["images"], row["steps"]) for row in own}) > 1
-    clear = [_said(row, several) for row in own if resolved(row)]
-    open_ = [_said(row, several) for row in own if not resolved(row)]
-    sentences = [f"{axis.name}, in points against {axis.reference}, with the 95 % interval over seeds and test images."]
-    sentences.append(f"Resolved: {'; '.join(clear)}." if clear else "Nothing is resolved.")
-    if open_:
-        sentences.append(f"Not resolved: {'; '.join(open_)}.")
-    return " ".join(sentences)
+    start = f"{axis.name}, in points against {axis.reference}, with the 95 % interval over seeds and test images."
+    if len({(row["images"], row["steps"]) for row in own}) > 1:
+        variants = dict.fromkeys(row["variant"] for row in own)
+        lines = [_over_budgets(name, [row for row in own if row["variant"] == name]) for name in variants]
+        return f"{start} {' '.join(lines)}"
+    clear = [_said(row) for row in own if resolved(row)]
+    open_ = [_said(row) for row in own if not resolved(row)]
+    sentences = [start, f"Resolved: {'; '.join(clear)}." if clear else "Nothing is resolved."]
+    return " ".join([*sentences, f"Not resolved: {'; '.join(open_)}."] if open_ else sentences)
 
 
-def _said(row: Mapping[str, Any], several: bool) -> str:
-    where = f" at {row['images']:,} images and {row['steps']:,} steps" if several else ""
+def _said(row: Mapping[str, Any]) -> str:
     return (
-        f"{row['variant']}{where} {_signed(row['points'])} "
+        f"{row['variant']} {_signed(row['points'])} "
         f"({_signed(row['bootstrap95_low'])} to {_signed(row['bootstrap95_high'])})"
     )
+
+
+def _over_budgets(variant: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """At how many budgets a variant is above and below the reference, and by what means."""
+    kinds = {
+        "above": [row["points"] for row in rows if resolved(row) and row["points"] > 0],
+        "below": [row["points"] for row in rows if resolved(row) and row["points"] < 0],
+        "not resolved": [row["points"] for row in rows if not resolved(row)],
+    }
+    said = [
+        f"{kind} at {len(points)} of {len(rows)} budgets ({_signed(min(points))} to {_signed(max(points))})"
+        for kind, points in kinds.items()
+        if points
+    ]
+    return f"{variant}: {', '.join(said)}."
 
 
 def _axis(axis: Axis, cells: Sequence[Cell], pairs: Sequence[Mapping[str, Any]]) -> str:
@@ -83,7 +98,7 @@ def _axis(axis: Axis, cells: Sequence[Cell], pairs: Sequence[Mapping[str, Any]])
         charts = budget_section(axis, own, mean_of)
     else:
         rows = {cell.variant: (mean_of(cell.accuracy), cell.accuracy.tolist()) for cell in own}
-        charts = interval_dots("Student accuracy", rows, "per cent")
+        charts = f'<div style="max-width: 700px">{interval_dots("Student accuracy", rows, "per cent")}</div>'
     note = (
         '<p class="note">Bars: 95 % interval of the mean by Student\'s t over seeds, from three seeds on; faint dots: '
         "single runs. Seconds are of synthesis and distillation; images that several runs share are counted for each."

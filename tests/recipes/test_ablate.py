@@ -141,7 +141,8 @@ def test_tables_and_page(tmp_path: Path, launched: list[Job], command_line: Call
     assert points == pytest.approx([-12 + 10 * np.log10(2)] * 4, abs=1)
 
     page = (output / PAGE).read_text(encoding="utf-8")
-    assert "Resolved: unguided at 100 images and 10 steps −1" in page and "Not resolved: like guided" in page
+    assert re.search(r"unguided: below at 6 of 6 budgets \(−1[23]\.\d\d to −1[12]\.\d\d\)\.", page)
+    assert re.search(r"like guided: .*not resolved at [1-6] of 6 budgets", page)
     assert "What an image is worth" in page and "Seconds to an accuracy" in page and "equal cost" in page
     assert "a &lt;trial&gt;" in page and "<trial>" not in page
     assert not re.search(r'(src|href)="(?!#|data:)', page), "it loads something"
@@ -153,12 +154,15 @@ def test_tables_and_page(tmp_path: Path, launched: list[Job], command_line: Call
 
 
 def test_one_seed_resolves_nothing(tmp_path: Path, launched: list[Job], command_line: Call) -> None:
-    content = {**AXIS, "grid": {}}
+    content = {**AXIS, "grid": {}, "base": ["distillation.steps=20"]}
     arguments = ["ablate", "fashion", "device=cpu", "--axis", axis_file(tmp_path, content), "--seeds", "1"]
     arguments += ["--output", str(tmp_path / "out"), "--csv", str(tmp_path / "t" / "a.csv")]
     code, _, err = command_line([*arguments, "--skip", "floor"])
     assert code == 0, err
     assert "floor" not in {row["variant"] for row in read(tmp_path / "t" / "a.csv")}
+    assert command_line([*arguments, "--seeds", "3"])[0] == 0
+    page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
+    assert "Resolved: unguided −1" in page and "Not resolved: like guided" in page
     assert command_line(arguments)[0] == 0
     assert "one seed, so that nothing is resolved" in (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
     assert [row["t95_low"] for row in read(tmp_path / "t" / "a-paired.csv")] == [""] * 3
