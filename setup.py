@@ -25,9 +25,10 @@ setup(
         "diffdfkd.kernels",
         "diffdfkd.recipes",
         "diffdfkd.benchmarks",
+        "diffdfkd.benchmarks.ablation",
     ],
     package_data={
-        "diffdfkd.recipes": ["configs/*.yaml", "assets/**/*", "assets/**/**/*"],
+        "diffdfkd.recipes": ["configs/**/*.yaml", "assets/**/*", "assets/**/**/*"],
         "diffdfkd.benchmarks": ["results/*.csv"],
     },
     install_requires=[

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdfkd.benchmarks.controls import t_interval, write_csv
+from diffdfkd.benchmarks.statistics import t_interval
+from diffdfkd.benchmarks.tables import write_csv
 from diffdfkd.engine.errors import UserError
 from diffdfkd.recipes.command import complain
 

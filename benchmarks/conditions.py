@@ -18,17 +18,10 @@ def conditions(device: torch.device) -> dict[str, Any]:
     from diffdfkd.recipes.machine import examine_processor
     from diffdfkd.recipes.run_folder import versions
 
-    commit = None
-    if shutil.which("git") is not None:
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        folder = Path(__file__).parent
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip()
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], capture_output=True, cwd=folder).returncode
-        commit += "-dirty" if commit and changed else ""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "date": date.today().isoformat(),
-        "commit": commit or None,
+        "commit": commit(),
         "gpu": gpu,
         "processor": examine_processor()["model"],
         "cores": len(os.sched_getaffinity(0)),
@@ -36,6 +29,17 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "system": platform.platform(),
         "versions": versions(),
     }
+
+
+def commit() -> str | None:
+    """Short hash of the checkout that this code lies in, with ``-dirty`` where files have changed; None outside one."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    folder = Path(__file__).parent
+    found = subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip()
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], capture_output=True, cwd=folder).returncode
+    return found + "-dirty" * bool(changed) if found else None
 
 
 def peak_memory(field: str = "VmHWM") -> int:

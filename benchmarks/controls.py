@@ -8,14 +8,11 @@ the oracle alone (``--fashion``), which no other part of the demo reads.
 """
 
 import argparse
-import csv
 import hashlib
-import io
 import json
-import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +20,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffdfkd.engine.accounts import accounts
+from diffdfkd.benchmarks.shared_shards import take_shards
+from diffdfkd.benchmarks.statistics import paired
+from diffdfkd.benchmarks.students import answers, train_student
+from diffdfkd.benchmarks.tables import write_csv
 from diffdfkd.engine.classifier import Classifier, Preprocessing, build_classifier
-from diffdfkd.engine.distillation import distill
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.evaluation import evaluate
 from diffdfkd.engine.images import Images, open_images
-from diffdfkd.engine.journal import Journal, read_journal
+from diffdfkd.engine.journal import read_journal
 from diffdfkd.engine.plan import shard_plan
 from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
-from diffdfkd.engine.shards import round_folder, shard_path, write_atomic
+from diffdfkd.engine.shards import write_atomic
 from diffdfkd.recipes.command import complain
-from diffdfkd.recipes.figures import load_student, stage
+from diffdfkd.recipes.figures import load_student
 from diffdfkd.recipes.launch import settle_machine
 from diffdfkd.recipes.render_icons import Glyphs, augment, load_glyphs
-from diffdfkd.recipes.run import load_classifiers, open_test, run, use_device
+from diffdfkd.recipes.run import open_test, run
 from diffdfkd.recipes.train_teacher import fashion_split, training_files
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,8 +45,6 @@ BUDGETS: dict[str, list[str]] = {
     "small": ["synthesis.images_per_class=120", "distillation.steps=500", "distillation.batch_size=128"],
     "default": [],
 }
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 @dataclass
@@ -111,55 +108,38 @@ def real_images(folder: Path | None, count: int, seed: int) -> Subset:
 
 def save_predictions(folder: Path, student: Classifier, test: Images, accuracy: float) -> None:
     """Predicted classes [N] as ``predictions.npy``, which must give the accuracy that the evaluation gave."""
-    student.eval()
-    parts, labels = [], []
-    with torch.inference_mode():
-        for first in range(0, len(test), 500):
-            pixels, truth = test.read(range(first, min(first + 500, len(test))))
-            parts.append(student(pixels.float() / 255).argmax(1))
-            labels.append(truth)
-    predicted = torch.cat(parts)
-    found = (predicted == torch.cat(labels)).double().mean().item()
+    predicted, truth = answers(student, test)
+    found = float((predicted == truth).mean())
     # Batches of another size may turn a tie.
     if abs(found - accuracy) > 2e-4:
         raise RuntimeError(f"{folder}: predictions give an accuracy of {found}, the evaluation gave {accuracy}")
-    np.save(folder / "predictions.npy", predicted.numpy())
+    np.save(folder / "predictions.npy", predicted)
 
 
 def train_on(images: Images, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """The recipe's student distilled on other images: same teacher, budget, augmentation, seed and device."""
-    use_device(recipe)
-    teacher, student, test = load_classifiers(recipe)
-    assert test is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    with Journal(folder / "metrics.jsonl") as journal, stage(journal, "distillation", recipe):
-        journal.log("session", command="controls")
-        summary = distill(
-            student,
-            teacher,
-            images,
-            recipe.distillation,
-            folder / "student",
-            seed=recipe.seed,
-            data_digest=f"{type(images).__name__} {len(images)} {recipe.seed}",
-            journal=journal,
-            device=recipe.device,
-        )
-        journal.log("distillation", images=len(images), **asdict(summary))
-    result = evaluate(student, test, teacher=teacher, batch_size=recipe.evaluation.batch_size, device=recipe.device)
-    save_predictions(folder, student, test, result.accuracy)
+    digest = f"{type(images).__name__} {len(images)} {recipe.seed}"
+    made = train_student(recipe, images, folder, digest, command="controls")
+    result = evaluate(
+        made.student,
+        made.test,
+        teacher=made.teacher,
+        batch_size=recipe.evaluation.batch_size,
+        device=recipe.device,
+    )
+    save_predictions(folder, made.student, made.test, result.accuracy)
     return {
         "student_accuracy": result.accuracy,
         "teacher_accuracy": result.teacher_accuracy,
         "images": len(images),
-        "seconds": accounts(read_journal(folder / "metrics.jsonl")).distillation_seconds,
+        "seconds": made.seconds,
     }
 
 
 def run_synthesis(recipe: Recipe, shared: Path | None) -> dict[str, Any]:
     """The recipe as ``diffdfkd run`` runs it; shards that a larger run of the same choices made are taken from it.
 
-    A shard is a function of the recipe's choices alone, which the run checks: the copies are what it would make.
+    A shard is a function of the recipe's choices alone, which the run checks.
     """
     output = Path(recipe.output)
     reused = 0.0
@@ -171,12 +151,7 @@ def run_synthesis(recipe: Recipe, shared: Path | None) -> dict[str, Any]:
             if event["event"] == "shard"
         }
         reused = sum(made[shard.index] for shard in plan)
-        source, target = (round_folder(root / "synthetic", 0) for root in (shared, output))
-        target.mkdir(parents=True, exist_ok=True)
-        for shard in plan:
-            for path in (shard_path(source, shard.index), shard_path(source, shard.index).with_suffix(".json")):
-                if not (target / path.name).exists():
-                    shutil.copyfile(path, target / path.name)
+        recipe = take_shards(recipe, shared, [shard.index for shard in plan])
     result = run(recipe)
     student, test = load_student(output / "student" / "student.safetensors", recipe), open_test(recipe)
     assert test is not None
@@ -229,26 +204,7 @@ def one(variant: str, budget: str, seed: int, arguments: argparse.Namespace) -> 
     return row
 
 
-def t_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean by Student's t over seeds; NaN from one seed or more than ten."""
-    quantile = T_95.get(len(values) - 1, float("nan"))
-    half = quantile * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
-    return float(values.mean() - half), float(values.mean() + half)
-
-
-def bootstrap_interval(differences: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of [seeds, images], resampling seeds and, within them, test images."""
-    generator = np.random.default_rng(0)
-    seeds, images = differences.shape
-    means = np.empty(draws)
-    for draw in range(draws):
-        chosen = differences[generator.integers(seeds, size=seeds)]
-        means[draw] = chosen[:, generator.integers(images, size=images)].mean()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def paired(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def differences(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Guided minus each other variant, paired by seed and test image, in points of accuracy."""
     test = open_test(load_recipe(arguments.recipe))
     assert test is not None
@@ -263,33 +219,22 @@ def paired(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[di
                         np.load(arguments.output / f"{variant}-{budget}-{seed}" / "predictions.npy") == labels.numpy()
                         for seed in seeds
                     ]
-                ).astype(float)
+                )
                 for variant in ("guided", other)
             }
-            differences = 100 * (correct["guided"] - correct[other])
-            low, high = t_interval(differences.mean(axis=1))
-            boot_low, boot_high = bootstrap_interval(differences)
+            found = paired(correct["guided"], correct[other])
             values = {
-                "points": differences.mean(),
-                "t95_low": low,
-                "t95_high": high,
-                "bootstrap95_low": boot_low,
-                "bootstrap95_high": boot_high,
+                "points": found.points,
+                "t95_low": found.t95[0],
+                "t95_high": found.t95[1],
+                "bootstrap95_low": found.bootstrap95[0],
+                "bootstrap95_high": found.bootstrap95[1],
             }
             table.append(
                 {"budget": budget, "difference": f"guided - {other}", "seeds": len(seeds)}
-                | {key: round(float(value), 2) for key, value in values.items()}
+                | {key: round(value, 2) for key, value in values.items()}
             )
     return table
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, text.getvalue().encode())
 
 
 def main() -> None:
@@ -316,7 +261,7 @@ def main() -> None:
         return  # the tables are written when all variants are asked for; what is made is not made again
     rows.sort(key=lambda row: (list(BUDGETS).index(row["budget"]), VARIANTS.index(row["variant"]), row["seed"]))
     write_csv(arguments.results / "controls-fashion.csv", rows)
-    table = paired(rows, arguments)
+    table = differences(rows, arguments)
     write_csv(arguments.results / "controls-fashion-paired.csv", table)
     for row in table:
         print(row)

@@ -365,6 +365,55 @@ def decoder(
 
 
 @app.command()
+def ablate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    axis: Annotated[
+        list[str] | None, typer.Option(help="A packaged axis, such as terms, or a YAML file; may be given again.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds, from 0 on.")] = 3,
+    output: Annotated[Path, typer.Option(help="Folder of the ablation.")] = Path("runs/ablate"),
+    csv: Annotated[
+        Path | None, typer.Option(help="File of the table of runs, others beside it; ablation.csv in the output.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time; with more than one each has threads=1 by default.")] = 1,
+    images: Annotated[
+        Path | None, typer.Option(help="Real images to judge on, such as a validation split; the recipe's by default.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="IDX labels, if not beside the images.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="A variant to leave out; may be given again.")] = None,
+) -> None:
+    """What each choice brings: variants of a recipe over seeds, with intervals.
+
+    \b
+      diffdfkd ablate fashion --axis terms --seeds 3 --jobs 2
+      diffdfkd ablate fashion --axis budget --axis modes --output runs/budget --csv budget.csv
+      diffdfkd ablate my-recipe.yaml --axis my-axis.yaml --images validation/
+
+    An axis names variants by key=value, and the one that all are compared with. Variants that differ in training
+    alone learn from the same images, made once. Writes a row for each run (--csv), differences paired by seed and
+    test image (...-paired.csv), for axes with several budgets what an image is worth (...-worth.csv) and comparisons
+    at equal cost (...-equal.csv), and ablation.html. A finished run is never repeated: docs/ablations.md.
+    """
+    from diffdfkd.recipes.ablate import ablate as ablate_recipe
+
+    typer.echo(
+        ablate_recipe(
+            recipe,
+            overrides or [],
+            axis or [],
+            seeds=seeds,
+            output=output,
+            csv=csv,
+            jobs=jobs,
+            images=images,
+            labels=labels,
+            skip=skip or (),
+        )
+    )
+
+
+@app.command()
 def doctor(
     json: Annotated[Path | None, typer.Option(help="File to write the findings to.")] = None,
 ) -> None:

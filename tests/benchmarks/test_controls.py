@@ -1,4 +1,4 @@
-"""The controls' own image sources and intervals."""
+"""The controls' own image sources."""
 
 import csv
 from collections.abc import Sequence
@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from diffdfkd.benchmarks.controls import (
     FreshIcons,
     Subset,
-    bootstrap_interval,
     save_predictions,
-    t_interval,
-    write_csv,
 )
+from diffdfkd.benchmarks.tables import write_csv
 from diffdfkd.benchmarks.validation_split import idx_bytes
 from diffdfkd.engine.classifier import Classifier, Preprocessing
 from diffdfkd.engine.idx import read_idx
@@ -46,21 +44,6 @@ def test_subset_reads_its_own_indices() -> None:
     chosen = Subset(icons(0), [40, 41, 42])
     assert len(chosen) == 3
     assert chosen.read([2, 0])[1].tolist() == [2, 0]
-
-
-def test_t_interval_by_hand() -> None:
-    # mean 3, sample deviation 1, three seeds: 3 -+ 4.303 / sqrt(3)
-    low, high = t_interval(np.array([2.0, 3.0, 4.0]))
-    assert (low, high) == pytest.approx((3 - 2.4843, 3 + 2.4843), abs=1e-3)
-    assert np.isnan(t_interval(np.array([2.0]))[0])
-
-
-def test_bootstrap_interval_holds_the_mean_and_shrinks_with_images() -> None:
-    generator = np.random.default_rng(0)
-    few, many = (generator.normal(3, 10, (3, images)) for images in (50, 5000))
-    (low, high), (low_many, high_many) = bootstrap_interval(few, 500), bootstrap_interval(many, 500)
-    assert low < few.mean() < high and low_many < many.mean() < high_many
-    assert high_many - low_many < (high - low) / 3
 
 
 def test_tables_and_idx_files_are_read_back(tmp_path: Path) -> None:
