@@ -23,7 +23,7 @@ from diffdfkd.engine.errors import UserError
 from diffdfkd.recipes.captioned_folder import CaptionedImages, read_captioned_folder
 from diffdfkd.recipes.command import run_command
 from diffdfkd.recipes.pretrain_vae import LATENT_CHANNELS, autocast, encode, fit_scale, load_vae, make_vae, train_vae
-from diffdfkd.recipes.pretraining import Outcome, Plan, pretrain
+from diffdfkd.recipes.pretraining import Outcome, Plan, place, pretrain
 from diffdfkd.recipes.prior_folder import make_scheduler, make_text_encoder, make_unet, write_pipeline
 from diffdfkd.recipes.tokenizer import build_tokenizer
 
@@ -148,11 +148,6 @@ def pretrain_prior(training: PriorTraining) -> Path:
     card = model_card(training, data, vae_outcome, unet_outcome)
     (training.output / "README.md").write_text(card, encoding="utf-8")
     return training.output
-
-
-def place(module: nn.Module, device: torch.device) -> None:
-    """Move in place; channels last, which halves the cost of a convolution on a CPU."""
-    module.to(device).to(memory_format=torch.channels_last)
 
 
 def train_unet(
