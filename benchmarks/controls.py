@@ -1,33 +1,30 @@
-"""Controls of the Fashion demo: guided and unguided synthesis, the source-only floor and the oracle, paired by seed.
+"""Controls of a shipped recipe: guided and unguided synthesis, the source-only floor and the oracle, paired by seed.
 
     python -m diffdfkd.benchmarks.controls --output runs/controls --seeds 0 1 2
+    python -m diffdfkd.benchmarks.controls --recipe digits --output runs/controls-digits --seeds 0 1 2
 
-Writes ``benchmarks/results/controls-fashion.csv`` (one row a run) and ``controls-fashion-paired.csv`` (differences
-with intervals). A run that is already under ``--output`` is not repeated. Needs the Fashion-MNIST training files for
-the oracle alone (``--fashion``), which no other part of the demo reads.
+Writes ``benchmarks/results/controls-RECIPE.csv`` (one row a run) and ``controls-RECIPE-paired.csv`` (differences with
+intervals). A run that is already under ``--output`` is not repeated. Needs the teacher's training data for the oracle
+alone (``--data``), which no other part of a run reads.
 """
 
 import argparse
-import hashlib
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from diffdfkd.benchmarks.control_images import floor_images, oracle_images, setting
 from diffdfkd.benchmarks.shared_shards import take_shards
 from diffdfkd.benchmarks.statistics import paired
 from diffdfkd.benchmarks.students import answers, train_student
 from diffdfkd.benchmarks.tables import write_csv
-from diffdfkd.engine.classifier import Classifier, Preprocessing, build_classifier
+from diffdfkd.engine.classifier import Classifier
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.evaluation import evaluate
-from diffdfkd.engine.images import Images, open_images
+from diffdfkd.engine.images import Images
 from diffdfkd.engine.journal import read_journal
 from diffdfkd.engine.plan import shard_plan
 from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
@@ -35,9 +32,7 @@ from diffdfkd.engine.shards import write_atomic
 from diffdfkd.recipes.command import complain
 from diffdfkd.recipes.figures import load_student
 from diffdfkd.recipes.launch import settle_machine
-from diffdfkd.recipes.render_icons import Glyphs, augment, load_glyphs
 from diffdfkd.recipes.run import open_test, run
-from diffdfkd.recipes.train_teacher import fashion_split, training_files
 
 RESULTS = Path(__file__).parent / "results"
 VARIANTS = ("guided", "unguided", "floor", "oracle")
@@ -45,65 +40,6 @@ BUDGETS: dict[str, list[str]] = {
     "small": ["synthesis.images_per_class=120", "distillation.steps=500", "distillation.batch_size=128"],
     "default": [],
 }
-
-
-@dataclass
-class FreshIcons:
-    """The prior's own training images of the teacher's classes, balanced: a new augmentation at every index."""
-
-    glyphs: Glyphs
-    length: int
-    seed: int
-    preprocessing: Preprocessing
-    classes: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        labels = self.glyphs.classes
-        self._by_class = [torch.nonzero(labels == label).flatten() for label in range(int(labels.max()) + 1)]
-
-    def __len__(self) -> int:
-        return self.length
-
-    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """uint8 images [n, 1, size, size] and classes [n]; a function of the seed and the indices.
-
-        Resized to the teacher's input before the student's augmentation, as synthetic images are.
-        """
-        key = hashlib.sha256(np.asarray([self.seed, *indices], dtype=np.int64).tobytes()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-        labels = torch.tensor([int(index) % len(self._by_class) for index in indices])
-        rows = torch.stack(
-            [
-                members[torch.randint(len(members), (), generator=generator)]
-                for members in (self._by_class[int(label)] for label in labels)
-            ]
-        )
-        images = self.preprocessing.fit(augment(self.glyphs.select(rows), generator)).clamp(0, 1)
-        return (images * 255).round().to(torch.uint8), labels
-
-
-@dataclass
-class Subset:
-    """Some images of another source."""
-
-    source: Images
-    indices: Sequence[int]
-    classes: list[str] | None = None
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return self.source.read([self.indices[index] for index in indices])
-
-
-def real_images(folder: Path | None, count: int, seed: int) -> Subset:
-    """``count`` of the teacher's own training images, drawn by seed, never from its validation split."""
-    source = open_images(*training_files(folder))
-    _, labels = source.read(range(len(source)))
-    train, _ = fashion_split(labels.numpy())
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:count]
-    return Subset(source, [int(train[index]) for index in order])
 
 
 def save_predictions(folder: Path, student: Classifier, test: Images, accuracy: float) -> None:
@@ -183,13 +119,9 @@ def one(variant: str, budget: str, seed: int, arguments: argparse.Namespace) -> 
         larger = arguments.output / f"{variant}-default-{seed}"
         values = run_synthesis(recipe, larger if budget == "small" and (larger / "row.json").is_file() else None)
     elif variant == "floor":
-        # As many as are drawn, so that no augmentation is seen twice.
-        drawn = recipe.distillation.steps * recipe.distillation.batch_size
-        teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher")
-        values = train_on(FreshIcons(load_glyphs(), drawn, seed, teacher.preprocessing), recipe, folder)
+        values = train_on(floor_images(recipe), recipe, folder)
     else:
-        total = recipe.synthesis.images_per_class * len(recipe.teacher.classes)
-        values = train_on(real_images(arguments.fashion, total, seed), recipe, folder)
+        values = train_on(oracle_images(recipe, arguments.data), recipe, folder)
     row = {
         "variant": variant,
         "budget": budget,
@@ -243,11 +175,12 @@ def main() -> None:
     parser.add_argument("--recipe", default="fashion")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--fashion", type=Path, help="folder of Fashion-MNIST's training files; Debian's by default")
+    parser.add_argument("--data", type=Path, help="the teacher's training data, as train_teacher --data takes it")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--override", nargs="*", default=[], help="key=value for every run")
     arguments = parser.parse_args()
     try:
+        name = setting(load_recipe(arguments.recipe))
         rows = []
         # The larger budget first: the smaller one takes its shards.
         for seed in arguments.seeds:
@@ -260,9 +193,9 @@ def main() -> None:
     if set(arguments.variants) != set(VARIANTS):
         return  # the tables are written when all variants are asked for; what is made is not made again
     rows.sort(key=lambda row: (list(BUDGETS).index(row["budget"]), VARIANTS.index(row["variant"]), row["seed"]))
-    write_csv(arguments.results / "controls-fashion.csv", rows)
+    write_csv(arguments.results / f"controls-{name}.csv", rows)
     table = differences(rows, arguments)
-    write_csv(arguments.results / "controls-fashion-paired.csv", table)
+    write_csv(arguments.results / f"controls-{name}-paired.csv", table)
     for row in table:
         print(row)
 

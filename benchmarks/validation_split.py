@@ -1,21 +1,25 @@
-"""Write the teacher's 5,000 validation images as IDX files, to choose settings on.
+"""Write real images that settings are chosen on as IDX files: those of the teacher's validation split.
 
     python -m diffdfkd.benchmarks.validation_split --output runs/validation
     diffdfkd run fashion output=runs/try evaluation.images=runs/validation/images-idx3-ubyte \
         evaluation.labels=runs/validation/labels-idx1-ubyte guidance.rho=0.2
+
+``digits`` for 500 digits. The digits' test images, which are in the package, are written likewise:
+
+    python -m diffdfkd.benchmarks.validation_split digits --part test --gzip --output recipes/assets/digits/test
 """
 
 import argparse
+import gzip
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.idx import read_idx
 from diffdfkd.engine.shards import write_atomic
 from diffdfkd.recipes.command import complain
-from diffdfkd.recipes.train_teacher import fashion_split, training_files
+from diffdfkd.recipes.teacher_data import READERS
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -26,18 +30,25 @@ def idx_bytes(array: np.ndarray) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_set", nargs="?", choices=READERS, default="fashion")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's training files; Debian's by default")
+    parser.add_argument("--data", type=Path, help="the teacher's training data, as train_teacher --data takes it")
+    parser.add_argument("--part", choices=("validation", "test"), default="validation")
+    parser.add_argument("--gzip", action="store_true", help="pack the files, the same bytes every time")
     arguments = parser.parse_args()
     try:
-        images, labels = training_files(arguments.data)
+        known = READERS[arguments.data_set](arguments.data, None)
     except UserError as error:
         sys.exit(complain(str(error)))
-    truth = read_idx(labels, 1)
-    _, validation = fashion_split(truth)
+    chosen = known.validation if arguments.part == "validation" else known.test
+    if not len(chosen):
+        sys.exit(complain(f"--part: the test images of {arguments.data_set} are files of their own, in the package"))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    write_atomic(arguments.output / "images-idx3-ubyte", idx_bytes(read_idx(images, 3)[validation]))
-    write_atomic(arguments.output / "labels-idx1-ubyte", idx_bytes(truth[validation]))
+    for name, array in (("images-idx3-ubyte", known.pixels), ("labels-idx1-ubyte", known.labels)):
+        content = idx_bytes(array[chosen])
+        if arguments.gzip:
+            name, content = f"{name}.gz", gzip.compress(content, mtime=0)
+        write_atomic(arguments.output / name, content)
 
 
 if __name__ == "__main__":

@@ -72,9 +72,13 @@ EXTRAS: dict[str, Extra] = {
         probe="import timm",
     ),
     "assets": Extra(
-        brings="the demo's icons drawn again, by python -m diffdfkd.recipes.render_icons",
+        brings="the demo's icons and fonts drawn again, by python -m diffdfkd.recipes.render_icons, render_fonts",
         used="used by that alone",
         probe="import resvg_py",
+    ),
+    "digits": Extra(
+        brings="the 5,000 real digits that the teacher of the recipe digits is trained and chosen on",
+        used="read by train_teacher, validation_split and controls; a run needs none of them",
     ),
     "test": Extra(
         brings="the test suite, lint and type checks",

@@ -22,8 +22,8 @@ from diffdfkd.engine.checkpoint import state_digest
 from diffdfkd.engine.errors import UserError
 from diffdfkd.recipes.captioned_folder import CaptionedImages, read_captioned_folder
 from diffdfkd.recipes.command import run_command
-from diffdfkd.recipes.pretrain_vae import LATENT_CHANNELS, autocast, encode, make_vae, train_vae
-from diffdfkd.recipes.pretraining import Outcome, Plan, pretrain
+from diffdfkd.recipes.pretrain_vae import LATENT_CHANNELS, autocast, encode, fit_scale, load_vae, make_vae, train_vae
+from diffdfkd.recipes.pretraining import Outcome, Plan, place, pretrain
 from diffdfkd.recipes.prior_folder import make_scheduler, make_text_encoder, make_unet, write_pipeline
 from diffdfkd.recipes.tokenizer import build_tokenizer
 
@@ -44,6 +44,8 @@ class PriorTraining:
     images: Path
     output: Path
     checkpoints: Path
+    vae: Path | None = None
+    """A prior's folder whose autoencoder is taken as it is; None to train one."""
     steps: int = 4000
     vae_steps: int = 2000
     batch_size: int = 64
@@ -86,20 +88,26 @@ def pretrain_prior(training: PriorTraining) -> Path:
 
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
-        vae = make_vae(channels, side, training.vae_channels)
-        place(vae, device)
         shared = {"images": data.digest()[:16], "seed": str(training.seed), "precision": training.precision}
-        vae_plan = Plan(
-            name="vae",
-            steps=training.vae_steps,
-            learning_rate=training.vae_learning_rate,
-            seed=training.seed,
-            checkpoint=training.checkpoints / "vae.pt",
-            checkpoint_every=training.checkpoint_every,
-            settings=shared
-            | {"batch size": str(training.vae_batch_size), "vae channels": str(tuple(training.vae_channels))},
-        )
-        vae_outcome = train_vae(vae, data.images, training.vae_batch_size, precision, vae_plan)
+        vae_outcome = None
+        if training.vae is not None:
+            vae = load_vae(training.vae, data.images)
+            place(vae, device)
+            fit_scale(vae, data.images, precision)
+        else:
+            vae = make_vae(channels, side, training.vae_channels)
+            place(vae, device)
+            vae_plan = Plan(
+                name="vae",
+                steps=training.vae_steps,
+                learning_rate=training.vae_learning_rate,
+                seed=training.seed,
+                checkpoint=training.checkpoints / "vae.pt",
+                checkpoint_every=training.checkpoint_every,
+                settings=shared
+                | {"batch size": str(training.vae_batch_size), "vae channels": str(tuple(training.vae_channels))},
+            )
+            vae_outcome = train_vae(vae, data.images, training.vae_batch_size, precision, vae_plan)
 
         tokenizer = build_tokenizer(data.captions, training.output / "tokenizer")
         torch.manual_seed(training.seed + 1)
@@ -140,11 +148,6 @@ def pretrain_prior(training: PriorTraining) -> Path:
     card = model_card(training, data, vae_outcome, unet_outcome)
     (training.output / "README.md").write_text(card, encoding="utf-8")
     return training.output
-
-
-def place(module: nn.Module, device: torch.device) -> None:
-    """Move in place; channels last, which halves the cost of a convolution on a CPU."""
-    module.to(device).to(memory_format=torch.channels_last)
 
 
 def train_unet(
@@ -191,21 +194,20 @@ def train_unet(
     return pretrain(nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}), loss_of, plan)
 
 
-def model_card(training: PriorTraining, data: CaptionedImages, vae: Outcome, unet: Outcome) -> str:
+def model_card(training: PriorTraining, data: CaptionedImages, vae: Outcome | None, unet: Outcome) -> str:
     """The README.md of the folder: data, command, durations, losses and licence."""
     count, channels, side = data.images.shape[:3]
-    losses = {"autoencoder": vae, "UNet and text encoder": unet}
+    parts = [("UNet and text encoder", unet, training.steps, training.batch_size)]
+    if vae is not None:
+        parts.insert(0, ("autoencoder", vae, training.vae_steps, training.vae_batch_size))
     rows = "\n".join(
         f"| {name} | {steps:,} x {batch} | {outcome.seconds / 60:.1f} min | "
         + ", ".join(f"{key} {value:.4f}" for key, value in outcome.losses.items())
         + " |"
-        for (name, outcome), steps, batch in zip(
-            losses.items(),
-            (training.vae_steps, training.steps),
-            (training.vae_batch_size, training.batch_size),
-            strict=True,
-        )
+        for name, outcome, steps, batch in parts
     )
+    if vae is None:
+        rows = f"| autoencoder | that of `{training.vae}` | – | – |\n" + rows
     example = training.example or Counter(data.captions).most_common(1)[0][0]
     return f"""---
 license: {training.licence}
@@ -249,10 +251,14 @@ def main(
     checkpoints: Annotated[
         Path | None, typer.Option(help="Where the training's state lives [OUTPUT-checkpoints].")
     ] = None,
+    vae: Annotated[
+        Path | None, typer.Option(help="Prior's folder whose autoencoder is taken as it is [one is trained].")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps of UNet and text encoder.")] = 4000,
     vae_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = 2000,
     batch_size: Annotated[int, typer.Option(help="Images a step, UNet and text encoder.")] = 64,
     vae_batch_size: Annotated[int, typer.Option(help="Images a step, autoencoder.")] = 64,
+    unet_channels: Annotated[tuple[int, int], typer.Option(help="Widths of the UNet, multiples of 8.")] = (64, 96),
     seed: int = 0,
     precision: Annotated[str, typer.Option(help="bfloat16 (mixed) or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -268,10 +274,12 @@ def main(
         images=images,
         output=output,
         checkpoints=checkpoints or output.with_name(output.name + "-checkpoints"),
+        vae=vae,
         steps=steps,
         vae_steps=vae_steps,
         batch_size=batch_size,
         vae_batch_size=vae_batch_size,
+        unet_channels=unet_channels,
         seed=seed,
         precision=precision,
         device=device,

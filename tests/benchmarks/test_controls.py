@@ -9,41 +9,72 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffdfkd.benchmarks.controls import (
-    FreshIcons,
-    Subset,
-    save_predictions,
-)
+from diffdfkd.benchmarks.control_images import DRAWINGS, FreshImages, oracle_images, setting
+from diffdfkd.benchmarks.controls import save_predictions
 from diffdfkd.benchmarks.tables import write_csv
 from diffdfkd.benchmarks.validation_split import idx_bytes
 from diffdfkd.engine.classifier import Classifier, Preprocessing
+from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.idx import read_idx
-from diffdfkd.recipes.render_icons import load_glyphs
+from diffdfkd.engine.recipe import load_recipe
+from diffdfkd.recipes.teacher_data import READERS, TeacherData
 
 
-def icons(seed: int) -> FreshIcons:
-    return FreshIcons(load_glyphs(), 1000, seed, Preprocessing(1, 28, (0.5,), (0.5,), "bilinear"))
+def fresh(name: str, seed: int) -> FreshImages:
+    return FreshImages(DRAWINGS[name](), 1000, seed, Preprocessing(1, 28, (0.5,), (0.5,), "bilinear"))
 
 
-def test_fresh_icons_are_a_function_of_seed_and_indices() -> None:
-    images, labels = icons(0).read([3, 14, 27])
-    again, _ = icons(0).read([3, 14, 27])
-    other, _ = icons(1).read([3, 14, 27])
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_fresh_images_are_a_function_of_seed_and_indices(name: str) -> None:
+    images, labels = fresh(name, 0).read([3, 14, 27])
+    again, _ = fresh(name, 0).read([3, 14, 27])
+    other, _ = fresh(name, 1).read([3, 14, 27])
     assert images.shape == (3, 1, 28, 28) and images.dtype == torch.uint8
     assert torch.equal(images, again) and not torch.equal(images, other)
     assert labels.tolist() == [3, 4, 7]
 
 
-def test_fresh_icons_are_drawn_anew_at_every_index_and_balanced() -> None:
-    images, labels = icons(0).read(range(100))
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_fresh_images_are_drawn_anew_at_every_index_and_balanced(name: str) -> None:
+    images, labels = fresh(name, 0).read(range(100))
     assert labels.bincount().tolist() == [10] * 10
     assert len(images.flatten(1).unique(dim=0)) == 100
 
 
-def test_subset_reads_its_own_indices() -> None:
-    chosen = Subset(icons(0), [40, 41, 42])
-    assert len(chosen) == 3
-    assert chosen.read([2, 0])[1].tolist() == [2, 0]
+def test_fresh_digits_look_like_the_digit_that_they_are() -> None:
+    """The mean image of each digit is nearest to the mean of the same digit under another seed."""
+    means = []
+    for seed in (0, 1):
+        images, labels = fresh("digits", seed).read(range(300))
+        means.append(torch.stack([images[labels == digit].float().mean(0).flatten() for digit in range(10)]))
+    assert torch.cdist(*means).argmin(1).tolist() == list(range(10))
+
+
+def test_the_setting_is_that_of_the_prior() -> None:
+    assert [setting(load_recipe(name)) for name in ("fashion", "throughput_fashion", "digits")] == [
+        "fashion",
+        "fashion",
+        "digits",
+    ]
+    with pytest.raises(UserError, match=r"prior\.path: .* none of those that controls exist for, fashion and digits"):
+        setting(load_recipe("fashion", ["prior.path=elsewhere"]))
+
+
+def test_the_oracle_never_draws_from_validation_or_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.arange(60, dtype=np.uint8)[:, None, None].repeat(28, 1).repeat(28, 2)
+    parts = (np.arange(0, 40), np.arange(40, 50), np.arange(50, 60))
+    known = TeacherData("digits", "none", tuple("0123456789"), pixels, pixels[:, 0, 0] % 10, *parts, {})
+    monkeypatch.setitem(READERS, "digits", lambda data, download: known)
+    drawn = {}
+    for seed in (0, 1):
+        images = oracle_images(load_recipe("digits", ["synthesis.images_per_class=2", f"seed={seed}"]))
+        found, labels = images.read(range(len(images)))
+        rows = found[:, 0, 0, 0].tolist()
+        assert len(set(rows)) == 20 and max(rows) < 40
+        assert labels.tolist() == [row % 10 for row in rows]
+        drawn[seed] = rows
+    assert drawn[0] != drawn[1]
+    assert len(oracle_images(load_recipe("digits", ["synthesis.images_per_class=100"]))) == 40
 
 
 def test_tables_and_idx_files_are_read_back(tmp_path: Path) -> None:

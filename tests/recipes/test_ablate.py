@@ -187,7 +187,7 @@ def test_one_seed_resolves_nothing(tmp_path: Path, launched: list[Job], command_
         (["--axis", "STRANGE"], "--axis: strange: variant bad: guidance.strength: unknown field"),
         (
             ["prior=elsewhere", "--axis", "AXIS"],
-            "--axis: trial: variant floor: images: floor: known of the prior of the recipe fashion alone",
+            "--axis: trial: variant floor: images: floor: prior.path: ",
         ),
     ],
 )

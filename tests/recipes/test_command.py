@@ -13,6 +13,9 @@ import pytest
         ("pretrain_prior", ["--images", "{none}", "--output", "{none}/prior"], "metadata.jsonl: not found"),
         ("render_icons", ["glyphs", "--iconify", "{none}"], "--iconify: "),
         ("train_teacher", ["--data", "{none}", "--output", "{none}/teacher.safetensors"], "no such file"),
+        ("render_fonts", ["glyphs", "--packages", "{none}"], "--packages: no font that may be used below"),
+        ("train_teacher", ["digits", "--data", "{none}", "--output", "{none}/t.safetensors"], "cannot be read"),
+        ("train_teacher", ["cifar", "--output", "{none}/t.safetensors"], "DATA_SET: got cifar; one of fashion, digits"),
         ("train_teacher", ["--precision", "float8", "--output", "{none}/t.safetensors"], "--precision: got float8"),
     ],
 )

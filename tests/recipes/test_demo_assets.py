@@ -1,4 +1,4 @@
-"""The demo's committed assets are the files that their provenance names."""
+"""The committed assets of the shipped recipes are the files that their provenance names."""
 
 import gzip
 import hashlib
@@ -13,26 +13,30 @@ from diffdfkd.engine.recipe import load_recipe
 from diffdfkd.engine.recipe_file import CONFIGS
 from diffdfkd.recipes.run import load_prior_for
 
-ASSETS = CONFIGS.parent / "assets" / "fashion"
-ROW = re.compile(r"(t10k-\S+\.gz) \| ([\d,]+) \| ([0-9a-f]{64}) \| ([0-9a-f]{64})")
+ASSETS = CONFIGS.parent / "assets"
+RECIPES = ("fashion", "digits")
+ROW = re.compile(r"(\S+\.gz) \| ([\d,]+) \| ([0-9a-f]{64}) \| ([0-9a-f]{64})")
 
 
-def test_test_images_are_the_official_files() -> None:
-    rows = ROW.findall((ASSETS / "test" / "README.md").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_test_images_are_the_files_that_are_described(recipe: str) -> None:
+    folder = ASSETS / recipe / "test"
+    rows = ROW.findall((folder / "README.md").read_text(encoding="utf-8"))
     assert len(rows) == 2
     for name, size, packed, unpacked in rows:
-        content = (ASSETS / "test" / name).read_bytes()
+        content = (folder / name).read_bytes()
         assert len(content) == int(size.replace(",", ""))
         assert hashlib.sha256(content).hexdigest() == packed
         assert hashlib.sha256(gzip.decompress(content)).hexdigest() == unpacked
 
 
-def test_teacher_is_the_one_that_its_record_describes() -> None:
-    record = json.loads((ASSETS / "teacher.json").read_text(encoding="utf-8"))
-    content = (ASSETS / "teacher.safetensors").read_bytes()
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_teacher_is_the_one_that_its_record_describes(recipe: str) -> None:
+    record = json.loads((ASSETS / recipe / "teacher.json").read_text(encoding="utf-8"))
+    content = (ASSETS / recipe / "teacher.safetensors").read_bytes()
     assert hashlib.sha256(content).hexdigest() == record["sha256"]
     assert len(content) <= 2 * 2**20
-    teacher = load_recipe("fashion").teacher
+    teacher = load_recipe(recipe).teacher
     assert (teacher.classes, teacher.channels, teacher.size) == (record["classes"], 1, record["size"])
     assert (teacher.mean, teacher.std) == ([record["mean"]], [pytest.approx(record["std"], abs=5e-4)])
 

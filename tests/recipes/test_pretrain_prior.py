@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,28 @@ def test_checkpoints_of_another_seed_are_refused(tmp_path: Path) -> None:
     pretrain_prior(first)
     with pytest.raises(UserError, match=r"vae\.pt: was made with seed 0, this run has 1"):
         pretrain_prior(PriorTraining(**{**first.__dict__, "seed": 1}))
+
+
+def test_an_autoencoder_is_taken_from_another_prior(tmp_path: Path) -> None:
+    icons = write_folder(tmp_path / "icons")
+    given = pretrain_prior(tiny(icons, tmp_path / "given"))
+    training = replace(tiny(icons, tmp_path / "prior"), vae=given, seed=1)
+    folder = pretrain_prior(training)
+    expected, found = (load_file(path / f"{WEIGHTS[1]}.safetensors") for path in (given, folder))
+    assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
+    assert not (training.checkpoints / "vae.pt").exists()
+    scales = [json.loads((path / "vae" / "config.json").read_text())["scaling_factor"] for path in (given, folder)]
+    assert scales[1] == pytest.approx(scales[0], rel=0.02), "measured anew, with weights rounded to fp16"
+    assert f"| autoencoder | that of `{given}` |" in (folder / "README.md").read_text()
+
+
+def test_an_autoencoder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    given = pretrain_prior(tiny(write_folder(tmp_path / "grey"), tmp_path / "given"))
+    colour = tiny(write_folder(tmp_path / "colour", "RGB"), tmp_path / "prior")
+    with pytest.raises(UserError, match=r"--vae: .* takes 1 channel\(s\) to 4 over 3 levels, the images need 3 to 4"):
+        pretrain_prior(replace(colour, vae=given))
+    with pytest.raises(UserError, match=r"--vae: .* holds no autoencoder"):
+        pretrain_prior(replace(colour, vae=tmp_path / "nowhere"))
 
 
 def break_metadata(folder: Path) -> str:
