@@ -173,6 +173,9 @@ def test_maps_are_averaged_by_areas(fine: int, coarse: int) -> None:
 def test_resolutions_are_met_at_the_coarser_one() -> None:
     flat = torch.rand(2, CLASSES, 1, 1, dtype=torch.float64)
     assert cam_loss(flat.expand(-1, -1, 4, 4), flat.expand(-1, -1, 7, 7)) < 1e-30
+    fine, coarse = (torch.rand(2, CLASSES, size, size, dtype=torch.float64) for size in (6, 3))
+    for pair in ((fine, coarse), (coarse, fine)):
+        torch.testing.assert_close(cam_loss(*pair), functional.mse_loss(functional.avg_pool2d(fine, 2), coarse))
     # The same features at half the resolution: a_k is a mean, so that the coarser Grad-CAM is four times as large.
     teacher = [flat[:, 0].expand(-1, 8, 8)]
     assert sarc_loss([4 * flat[:, 0].expand(-1, 4, 4)], teacher) < 1e-30
