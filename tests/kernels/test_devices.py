@@ -335,7 +335,7 @@ def replayable(device: str, shape: tuple[int, int, int, int], steps: int) -> Any
 
     def one_step() -> None:
         prediction = predict(z, net(inputs, following.timestep, context), made.rows, step, scale, kernel="triton")
-        found = goal(prediction.x0, None, alive)
+        found = goal(prediction.x0, None, alive, None)
         guidance = Guidance(found.gradient, found.norm, found.finite, scale, "unit", 0.15)
         result = advance(
             z,
