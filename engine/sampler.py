@@ -91,6 +91,7 @@ def travel(
         loop = enter(own, branch.ids)
         loop.step.fill_(fork)
         state = branched(trunk, branch)
+        loop.frozen[fork - 1] += (trunk.alive & ~state.alive).sum()
         loop.place(state.z, fork)
         state = mend(state, fork - 1, branch.boxes, own)
         state, losses = walk(state, own, range(fork, steps))

@@ -184,11 +184,14 @@ def test_who_takes_a_box_from_a_lost_trajectory_is_lost_too() -> None:
     table = make_table("ddim", CONFIG, STEPS)
     plan = planned(CutMixRecipe(partner="any"))
     noise = torch.randn(B, *LATENT, generator=torch.Generator().manual_seed(1))
-    noise[2] = torch.nan
+    noise[4] = torch.nan
     # One by one, so that the lost sample spoils no other's gradient.
-    alive = run(table, plan, "none", noise).alive.view(M, B)
+    made = run(table, plan, "none", noise)
+    alive = made.alive.view(M, B)
     for child, expected in enumerate([torch.arange(B), *(tail.branch.partners for tail in plan.tails)]):
-        assert torch.equal(alive[child], (torch.arange(B) != 2) & (expected != 2))
+        assert torch.equal(alive[child], (torch.arange(B) != 4) & (expected != 4))
+    took = sum(int((tail.branch.partners == 4).sum()) for tail in plan.tails)
+    assert took and made.frozen.tolist() == [1, 0, 0, took, 0, 0]
 
 
 def recipe(*overrides: str) -> Recipe:
