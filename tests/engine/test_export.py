@@ -294,7 +294,7 @@ def test_chain_with_a_student(exports: Exports, tiny_prior: Path) -> None:
     other = make(students[1])
     assert other.digest == stage.digest and other.specification == stage.specification
     assert measure_parity(other, run(path, other)).fault is None
-    inputs = stage.examples(4, 0)[:3]
+    inputs = stage.examples(4, 0)[:4]
     runner = run(path, stage)
     first = runner(*inputs, *student_weights(students[0]).values())[3].clone()
     second = runner(*inputs, *student_weights(students[1]).values())[3]
