@@ -3,10 +3,11 @@
 import operator
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from diffdfkd.engine.cheap_steps import light_steps, prompt_alone_steps, whole_steps
+from diffdfkd.engine.calls import mending_rows, rows_by_step
+from diffdfkd.engine.cheap_steps import light_steps, whole_steps
 from diffdfkd.engine.combinations import fork_step, guided_runs, guided_steps, round_samples, step_runs
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe
@@ -141,8 +142,7 @@ def _unet(recipe: Recipe, images: int) -> str:
     synthesis, guidance = recipe.synthesis, recipe.guidance
     fan_out, fork = synthesis.fan_out, fork_step(synthesis)
     guided, runs = guided_steps(guidance, synthesis.steps), step_runs(synthesis)
-    doubled = synthesis.guidance_scale != 1 and not _knows_scale(recipe)
-    rows = [2 if doubled and not alone else 1 for alone in prompt_alone_steps(synthesis)]
+    rows = rows_by_step(recipe, doubled=not _knows_scale(recipe))
     calls = [run * count for run, count in zip(runs, rows, strict=True)]
     again = [run for run, steers in zip(runs, guided, strict=True) if steers and guidance.mode == "exact"]
     mixed = set(mixed_steps(recipe.cutmix, synthesis.steps)) | ({fork - 1} if fan_out > 1 else set())
@@ -152,7 +152,7 @@ def _unet(recipe: Recipe, images: int) -> str:
         [step in mixed for step in range(synthesis.steps)],
     )
     backwards = sum(count for count, steers in zip(calls, guided, strict=True) if steers)
-    mending, seconds = _mending(recipe, rows), backwards if again else 0
+    mending, seconds = mending_rows(recipe, rows), backwards if again else 0
     count = sum(count for count, all_of_it in zip(calls, whole, strict=True) if all_of_it) + seconds + mending
     terms = [f"{synthesis.steps} steps of {synthesis.sampler}"]
     if fan_out > 1:
@@ -173,18 +173,6 @@ def _unet(recipe: Recipe, images: int) -> str:
     return (
         f"{' and '.join(terms)}{halves}{shallow}: {count} calls {each}, {count * images // fan_out:,} in all{backward}"
     )
-
-
-def _mending(recipe: Recipe, rows: Sequence[int]) -> int:
-    """Most evaluations of the UNet that mend a trajectory's seams and its children's; ``rows`` of an image a step."""
-    from diffdfkd.engine.cutmix import mixed_steps
-
-    synthesis, cutmix = recipe.synthesis, recipe.cutmix
-    if cutmix.repair != "masked":
-        return 0
-    runs = step_runs(synthesis)
-    mixes = sum(runs[step] * rows[step] for step in mixed_steps(cutmix, synthesis.steps))
-    return cutmix.passes * (mixes + (synthesis.fan_out - 1) * rows[fork_step(synthesis) - 1])
 
 
 def _knows_scale(recipe: Recipe) -> bool:

@@ -9,7 +9,8 @@
       oracle: {images: oracle}
     grid: {images: [300, 1000], steps: [300, 1000]}
 
-Packaged axes lie in ``recipes/configs/ablations``, those of one recipe in a folder of its name.
+Packaged axes lie in ``recipes/configs/ablations``, those of one recipe in a folder of its name. Paths that begin with
+./ or ../ are relative to the axis's file.
 """
 
 import difflib
@@ -21,7 +22,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Count, Section
-from diffdfkd.engine.recipe_file import CONFIGS, explain
+from diffdfkd.engine.recipe_file import CONFIGS, PATHS, explain
 from diffdfkd.engine.recipe_yaml import parse_yaml
 
 AXES = CONFIGS / "ablations"
@@ -93,7 +94,22 @@ def read_axis(name: str, recipe: str) -> Axis:
         raise UserError(
             f"--axis: {path}: reference: there is no variant {axis.reference}; take one of {', '.join(axis.variants)}"
         )
-    return axis
+    return _beside(axis, path.resolve().parent)
+
+
+def _beside(axis: Axis, folder: Path) -> Axis:
+    """The axis with paths that begin with ./ or ../ taken from its own folder, as in a recipe's file."""
+
+    def settled(override: str) -> str:
+        field, _, value = override.partition("=")
+        near = field in PATHS and value.startswith(("./", "../"))
+        return f"{field}={(folder / value).resolve()}" if near else override
+
+    variants = {
+        name: variant.model_copy(update={"overrides": [*map(settled, variant.overrides)]})
+        for name, variant in axis.variants.items()
+    }
+    return axis.model_copy(update={"base": [*map(settled, axis.base)], "variants": variants})
 
 
 def find_axis(name: str, recipe: str) -> Path:

@@ -12,7 +12,7 @@ from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
 from diffdfkd.engine.shards import canonical_json
 from diffdfkd.recipes.launch import settle_machine
 
-NOT_SYNTHESIS = ("student", "distillation", "evaluation", "about", "output")
+NOT_SYNTHESIS = ("student", "distillation", "selection", "evaluation", "about", "output")
 """Sections of a recipe on which the images of its first round do not depend."""
 
 

@@ -96,3 +96,14 @@ def test_a_number_of_images_that_the_classes_cannot_share(tmp_path: Path) -> Non
     axis = Axis.model_validate({"name": "x", **GOOD, "grid": {"images": [25]}})
     with pytest.raises(UserError, match=r"x: grid.images: 25 cannot be dealt out to 10 classes"):
         plan_runs("fashion", [], [axis], 1)
+
+
+def test_paths_are_taken_from_the_axis(tmp_path: Path) -> None:
+    (tmp_path / "trial.yaml").write_text(
+        "reference: full\nvariants: {full: [prompt=./x], light: [guidance.decoder=../light.safetensors]}\n"
+    )
+    axis = read_axis(str(tmp_path / "trial.yaml"), "fashion")
+    assert axis.variants["light"].overrides == [f"guidance.decoder={tmp_path.parent.resolve() / 'light.safetensors'}"]
+    assert axis.variants["full"].overrides == ["prompt=./x"]
+    packaged = read_axis("cheap", "fashion").variants["light decoder"].overrides[0]
+    assert Path(packaged.partition("=")[2]).is_file()
