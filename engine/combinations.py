@@ -185,11 +185,17 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
 
 def _no_micro_batch(recipe: "Recipe", size: int) -> Iterable[tuple[str, str]]:
     engine, field = recipe.engine, "guidance.micro_batch"
-    if recipe.guidance.mode != "clean":
+    if recipe.guidance.mode not in ("clean", "none"):
         yield (
             field,
             f"got {size}, but guidance.mode is {recipe.guidance.mode}: two passes are for mode clean alone; leave it "
             "out, or set guidance.mode=clean",
+        )
+    if recipe.synthesis.reuse_every > 1:
+        yield (
+            field,
+            f"got {size}, but synthesis.reuse_every is {recipe.synthesis.reuse_every}, whose features are kept for a "
+            "whole batch; leave one of them out",
         )
     if size >= recipe.synthesis.batch_size:
         yield (

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,11 +13,14 @@ from diffdfkd.engine.classifier import Classifier
 from diffdfkd.engine.combinations import guided_steps
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.journal import Journal
+from diffdfkd.engine.memory import fitting
+from diffdfkd.engine.micro_batches import micro_batched_chain
 from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.prior_samples import OUTSIDE, predicted_latents, sample_classes
 from diffdfkd.engine.recipe import Recipe
-from diffdfkd.engine.stages import Gradient, decode_stage, guidance_chain, light_decode_stage
-from diffdfkd.engine.taps import BatchNormTaps
+from diffdfkd.engine.stages import Gradient, decode_stage, light_decode_stage
+from diffdfkd.engine.taps import guidance_taps
+from diffdfkd.engine.windows import term_weights
 
 LEVELS = ("early", "middle", "late")
 """Thirds of the trajectory, from pure noise on."""
@@ -30,6 +33,9 @@ LOW_COSINE = 0.7
 to 0.63, and convolutions that were trained for a minute or more have 0.73 and above (docs/method.md)."""
 CHECKED = 32
 """Samples of the check before a run, at most a batch."""
+AT_ONCE = 8
+"""Of those that networks see together, unless ``guidance.micro_batch`` says less: L_bn is that of all of them, exactly,
+and a light decoder may serve batches for which the full one has no memory."""
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +66,9 @@ def compare_decoders(
 ) -> list[Agreement]:
     """Of ``prior.guidance_decoder`` on ``samples`` fresh unguided ones, as one batch at each step of the trajectory.
 
-    Gradients are those of the whole chain with its terms of the first round, in eager mode. ``steps``: those that are
-    looked at; all by default. Levels without such a step are left out.
+    Gradients are those of the whole chain with the terms that act at the step in the first round, in eager mode.
+    ``steps``: those that are looked at; all by default. Steps at which the student's term alone acts are left out, and
+    so are levels without another one.
     """
     light = prior.guidance_decoder
     if light is None:
@@ -74,17 +81,22 @@ def compare_decoders(
     targets = torch.nn.functional.one_hot(classes, len(recipe.teacher.classes)).float()
     alive = torch.ones(samples, dtype=torch.bool, device=latents.device)
     found: dict[str, list[tuple[Tensor, Tensor]]] = {level: [] for level in LEVELS}
-    taps = BatchNormTaps(teacher.model) if recipe.guidance.batchnorm_weight > 0 else None
+    guidance = recipe.guidance
+    size = min(guidance.micro_batch or AT_ONCE, samples)
+    taps = guidance_taps(teacher.model, guidance) if guidance.batchnorm_weight > 0 else None
     try:
         chains = {
-            name: guidance_chain(decode, teacher, taps, recipe.guidance, kernel="reference")
+            name: micro_batched_chain(decode, teacher, taps, guidance, size=size, kernel="reference")
             for name, decode in decoders.items()
         }
         for step in range(len(latents)) if steps is None else steps:
-            ours, theirs = (chains[name](latents[step], targets, alive) for name in ("light", "full"))
+            weights = term_weights(guidance, len(latents))[step]
+            if not any(weights[:2]):
+                continue
+            given = (latents[step], targets, alive, torch.tensor(weights, device=latents.device))
+            ours, theirs = (chains[name](*given) for name in ("light", "full"))
             with torch.no_grad():
-                image = decoders["light"](latents[step])
-                error = (image - reduced(decoders["full"](latents[step]), image.shape[-1])).abs().mean((1, 2, 3))
+                error = torch.cat([pixel_error(decoders, part) for part in latents[step].split(size)])
             found[level_of(step, len(latents))].append((cosines(ours, theirs), error))
     finally:
         if taps is not None:
@@ -94,6 +106,12 @@ def compare_decoders(
         for level, pairs in found.items()
         if pairs
     ]
+
+
+def pixel_error(decoders: Mapping[str, Callable[[Tensor], Tensor]], latents: Tensor) -> Tensor:
+    """[n] mean absolute difference of the ``light`` and the ``full`` decoder's images of latents [n, c, h, w]."""
+    image = decoders["light"](latents)
+    return (image - reduced(decoders["full"](latents), image.shape[-1])).abs().mean((1, 2, 3))
 
 
 def check_decoder(recipe: Recipe, prior: Prior, teacher: Classifier, journal: Journal) -> None:
@@ -110,7 +128,10 @@ def check_decoder(recipe: Recipe, prior: Prior, teacher: Classifier, journal: Jo
     by_level = [[step for step in served if level_of(step, steps) == level] for level in LEVELS]
     looked_at = [among[len(among) // 2] for among in by_level if among]
     samples = min(CHECKED, recipe.synthesis.batch_size)
-    found = compare_decoders(recipe, prior, teacher, samples=samples, steps=looked_at)
+    with fitting("guidance.decoder", "comparing its gradient with the full decoder's", "give a smaller prior.dtype"):
+        found = compare_decoders(recipe, prior, teacher, samples=samples, steps=looked_at)
+    if not found:
+        return
     journal.log("guidance_decoder", samples=samples, cosines={level: round(value, 4) for level, value, _ in found})
     words = ", ".join(f"{level} {cosine:.2f}" for level, cosine, _ in found)
     if not all(cosine > 0 for _, cosine, _ in found):

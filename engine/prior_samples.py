@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from diffdfkd.engine.cheap_steps import prompt_alone_steps
 from diffdfkd.engine.cutmix import plan_cutmix
+from diffdfkd.engine.loop import Alone
+from diffdfkd.engine.micro_batches import unet_in_parts
 from diffdfkd.engine.prior import Prior
 from diffdfkd.engine.prompts import class_prompts, draw_prompts, embed_prompts
 from diffdfkd.engine.recipe import CutMixRecipe, GuidanceRecipe, Recipe
@@ -44,8 +47,11 @@ def predicted_latents(recipe: Recipe, prior: Prior, ids: Tensor) -> Tensor:
         nothing = torch.zeros(len(x0), device=x0.device)
         return Gradient(torch.zeros_like(x0), nothing, finite(x0), torch.zeros(4, device=x0.device))
 
+    unet = unet_stage(prior, getattr(torch, recipe.prior.dtype), synthesis.guidance_scale)
+    if (size := recipe.guidance.micro_batch) is not None:
+        unet = unet_in_parts(unet, size)
     sample(
-        unet_stage(prior, getattr(torch, recipe.prior.dtype), synthesis.guidance_scale),
+        unet,
         make_table(synthesis.sampler, prior.scheduler_config, synthesis.steps, device),
         context,
         scale=scale,
@@ -63,6 +69,7 @@ def predicted_latents(recipe: Recipe, prior: Prior, ids: Tensor) -> Tensor:
             ids,
         ),
         chain=watch,
+        alone=Alone(prompt_alone_steps(synthesis), unet) if scale != 1 else None,
         kernel=recipe.kernel,
     )
     return torch.stack(seen)

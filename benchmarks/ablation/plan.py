@@ -1,8 +1,8 @@
 """Which runs an ablation has, and which of them learn from the same synthetic images."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from diffdfkd.benchmarks.ablation.axis import Axis, Source
@@ -11,6 +11,7 @@ from diffdfkd.engine.plan import shard_plan
 from diffdfkd.engine.recipe import Recipe, dump_recipe, load_recipe
 from diffdfkd.engine.shards import canonical_json
 from diffdfkd.recipes.launch import settle_machine
+from diffdfkd.recipes.same_recipe import file_digests
 
 NOT_SYNTHESIS = ("student", "distillation", "selection", "evaluation", "about", "output")
 """Sections of a recipe on which the images of its first round do not depend."""
@@ -26,6 +27,8 @@ class Run:
     source: Source
     recipe: Recipe
     """Device, threads and kernel settled; ``output`` is of no meaning."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the files that the recipe names: what lies at a path may be another thing another day."""
 
     @property
     def name(self) -> str:
@@ -44,7 +47,8 @@ class Run:
     def content(self) -> dict[str, Any]:
         """All that the student depends on."""
         recipe = dump_recipe(self.recipe)
-        return {"source": self.source, "recipe": {key: recipe[key] for key in recipe if key not in ("about", "output")}}
+        kept = {key: recipe[key] for key in recipe if key not in ("about", "output")}
+        return {"source": self.source, "recipe": kept, "files": dict(self.files)}
 
     @property
     def digest(self) -> str:
@@ -70,8 +74,8 @@ def plan_runs(
     if seeds < 1:
         raise UserError(f"--seeds: got {seeds}; one or more, and three for an interval")
     for override in overrides:
-        if (field := override.partition("=")[0]) in ("seed", "output"):
-            raise UserError(f"{override}: an ablation has its own; give --{field}{'s' * (field == 'seed')}")
+        if (key := override.partition("=")[0]) in ("seed", "output"):
+            raise UserError(f"{override}: an ablation has its own; give --{key}{'s' * (key == 'seed')}")
     names = [axis.name for axis in axes]
     if len(set(names)) < len(names):
         raise UserError(f"--axis: {max(names, key=names.count)} is given twice; give each axis once")
@@ -82,7 +86,16 @@ def plan_runs(
     for seed in range(seeds):
         for axis in axes:
             runs += _axis_runs(source, overrides, axis, len(fields.teacher.classes), seed, evaluation)
-    return runs
+    known: dict[str, Mapping[str, str]] = {}
+    return [replace(run, files=_files(run.recipe, known)) for run in runs]
+
+
+def _files(recipe: Recipe, known: dict[str, Mapping[str, str]]) -> Mapping[str, str]:
+    """Digests of the recipe's files, each set of files read once."""
+    networks = recipe.model_dump_json(include={"prior", "teacher", "student", "guidance"})
+    if networks not in known:
+        known[networks] = file_digests(recipe, prior=True)
+    return known[networks]
 
 
 def _axis_runs(
@@ -120,7 +133,7 @@ def plan_stores(runs: Sequence[Run]) -> dict[str, Store]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.source == "synthetic":
-            groups.setdefault(digest_of(_choices(run.recipe)), []).append(run)
+            groups.setdefault(digest_of(_choices(run)), []).append(run)
     stores: dict[str, Store] = {}
     for digest, members in groups.items():
         largest = max(members, key=lambda run: run.images)
@@ -134,14 +147,14 @@ def shared_shards(store: Recipe, recipe: Recipe) -> list[int]:
     return [shard.index for shard in shard_plan(recipe, 0) if there.get(shard.index) == shard.samples]
 
 
-def _choices(recipe: Recipe) -> dict[str, Any]:
+def _choices(run: Run) -> dict[str, Any]:
     """What the first round depends on, and where its networks lie."""
-    content = dump_recipe(recipe)
+    recipe, content = run.recipe, dump_recipe(run.recipe)
     for section in NOT_SYNTHESIS:
         content.pop(section)
     if recipe.rounds == 1:
         content["synthesis"].pop("images_per_class")
-    return content
+    return content | {"files": {name: digest for name, digest in run.files.items() if name != "student"}}
 
 
 def digest_of(content: Any) -> str:

@@ -31,8 +31,8 @@ GRAPH = (
         "engine/normalization.py",
     ),
     *("engine/separable.py", "kernels/activation.py", "kernels/batchnorm_loss.py", "kernels/kd_loss.py"),
-    *("kernels/launch.py", "kernels/moments.py", "engine/stage_networks.py"),
-    *("engine/parity.py", "engine/example_student.py"),
+    *("kernels/launch.py", "kernels/moments.py", "kernels/class_statistics.py", "engine/stage_networks.py"),
+    *("engine/parity.py", "engine/example_student.py", "engine/guidance_decoder.py"),
 )
 """Sources that say what is in a stage's graph, and how it is proven."""
 BUILDERS: Mapping[str, tuple[str, ...]] = {

@@ -97,7 +97,7 @@ def test_trajectories_are_those_of_the_plain_loop(sampler: str, scale: float, gu
 
 def lazy(x0: Tensor, targets: Tensor, alive: Tensor, weights: Tensor) -> Gradient:
     """A light decoder's chain, another one than the full's."""
-    return chain(x0 + 1, targets, alive)
+    return chain(x0 + 1, targets, alive, weights)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])

@@ -159,7 +159,7 @@ def test_children_are_those_of_the_plain_formulation(sampler: str, mode: str) ->
         m = output[:B] + 3.0 * (output[B:] - output[:B])
         x0, eps = row["x0_z"] * z + row["x0_m"] * m, row["eps_z"] * z + row["eps_m"] * m
         if mode == "clean":
-            found = chain(x0, targets, torch.ones(B, dtype=torch.bool))
+            found = chain(x0, targets, torch.ones(B, dtype=torch.bool), torch.ones(3))
             size = 0.2 * x0.flatten(1).norm(dim=1) / found.norm
             x0 = x0 - size[:, None, None, None] * found.gradient
         following = row["z"] * z + row["x0"] * x0 + row["eps"] * eps + row["previous"] * before

@@ -40,9 +40,9 @@ def test_stage_is_the_runs_own(prior: Prior, form: Any, precision: torch.dtype, 
     made, teacher = stage(prior, light(form), precision), classifier()
     taps = BatchNormTaps(teacher.model)
     chain = guidance_chain(light_decode_stage(light(form)), teacher, taps, WEIGHTS, kernel="reference")
-    x0, targets, alive = made.examples(4, 0)
-    expected = chain(x0, targets, alive)
-    gradient, _, finite, losses = made.function(x0, targets, alive)
+    inputs = made.examples(4, 0)
+    expected = chain(*inputs)
+    gradient, _, finite, losses = made.function(*inputs)
     assert functional.cosine_similarity(gradient.flatten(1), expected.gradient.flatten(1))[finite].min() > least
     assert torch.equal(finite, expected.finite)
     assert distance(losses, expected.losses) < (1e-5 if precision == torch.float32 else 0.1)

@@ -157,7 +157,7 @@ def states(monkeypatch):
         found.append(made.z)
         return made
 
-    monkeypatch.setattr("diffdfkd.engine.sampler.advance", recording)
+    monkeypatch.setattr("diffdfkd.engine.loop.advance", recording)
     return found
 
 

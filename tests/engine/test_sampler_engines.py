@@ -26,11 +26,12 @@ from diffdfkd.engine.engine_stages import (
     unet_engine_stage,
     vjp_engine_stage,
 )
+from diffdfkd.engine.loop import Kind, Loop
 from diffdfkd.engine.painter import Models, Painter
 from diffdfkd.engine.prior import Prior, load_prior
 from diffdfkd.engine.recipe import CutMixRecipe, GuidanceRecipe, load_recipe
 from diffdfkd.engine.runner import Runner
-from diffdfkd.engine.sampler import Kind, Loop, Trajectory, sample
+from diffdfkd.engine.sampler import Trajectory, sample
 from diffdfkd.engine.schedule import make_table
 from diffdfkd.engine.stages import decode_stage, guidance_chain, unet_stage
 from diffdfkd.engine.taps import BatchNormTaps

@@ -135,7 +135,7 @@ def naive(plan: CutMixPlan, fields: dict[str, object], guided: bool = True) -> T
             ids = IDS[0] if branch is None or index < branch.step else branch.ids
             x0, eps = clean(index, z, context)
             if guided and index >= 2:
-                found = chain(x0.float(), own.targets[index], torch.ones(B, dtype=torch.bool))
+                found = chain(x0.float(), own.targets[index], torch.ones(B, dtype=torch.bool), torch.ones(3))
                 size = 0.2 * x0.flatten(1).norm(dim=1) / found.norm.double()
                 x0 = x0 - size[:, None, None, None] * found.gradient.double()
             z = take(down(index, x0, eps), own.partners[index], own.boxes[index])

@@ -117,7 +117,7 @@ def test_micro_batches_are_as_one_batch(make, models, statistics):
     for size in ("null", 3):
         seen.clear()
         with Painter(make(*fields, f"guidance.micro_batch={size}"), models, 0) as painter:
-            latents[size] = painter._denoise(ids, ids % len(CLASSES), True, False)[1].latents
+            latents[size] = painter._denoise(ids[None], ids % len(CLASSES), ids % len(CLASSES), True, False)[1].latents
             painter._finish(latents[size])
         # Of the UNet two rows an image.
         assert max(seen) == {"null": 14, 3: 6}[size]
@@ -125,7 +125,7 @@ def test_micro_batches_are_as_one_batch(make, models, statistics):
         hook.remove()
     torch.testing.assert_close(latents[3], latents["null"], rtol=1e-3, atol=1e-4)
     with Painter(make(*fields, "synthesis.batch_size=3"), models, 0) as painter:
-        alone = painter._denoise(ids[:3], ids[:3] % len(CLASSES), True, False)[1].latents
+        alone = painter._denoise(ids[None, :3], ids[:3] % len(CLASSES), ids[:3] % len(CLASSES), True, False)[1].latents
     assert not torch.allclose(alone, latents["null"][:3], rtol=1e-3, atol=1e-4)
 
 

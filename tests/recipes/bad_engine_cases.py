@@ -44,6 +44,12 @@ def link_within(path: Path) -> None:
 
 MICRO = [
     Case(
+        "micro-batches and reused features",
+        given("guidance.micro_batch=2", "synthesis.reuse_every=2"),
+        "guidance.micro_batch: got 2, but synthesis.reuse_every is 2",
+        ("leave one of them out",),
+    ),
+    Case(
         "micro-batches on an engine",
         given("guidance.micro_batch=2", "engine.chain=onnxruntime"),
         "guidance.micro_batch: got 2, but engine.chain is onnxruntime",

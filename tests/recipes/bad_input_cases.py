@@ -261,7 +261,7 @@ CHOICES = [
     field("guidance.micro_batch=0", "guidance.micro_batch: got 0", "greater than or equal to 1"),
     field("guidance.micro_batch=4", "guidance.micro_batch: got 4", "raise synthesis.batch_size"),
     field("guidance={micro_batch: 2, mode: exact}", "guidance.micro_batch: got 2", "mode clean alone"),
-    field("guidance={micro_batch: 2, mode: none}", "guidance.micro_batch: got 2", "mode clean alone"),
+    field("guidance={micro_batch: 2, mode: reuse}", "guidance.micro_batch: got 2", "mode clean alone"),
     field("cutmix={every: 1, probability: 0}", "cutmix.probability: got 0", "set cutmix.every=0"),
     field(
         "synthesis={sampler: euler, steps: 3, images_per_class: 2, batch_size: 4, fan_out: 2}",

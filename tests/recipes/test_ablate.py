@@ -186,7 +186,7 @@ def test_one_seed_resolves_nothing(tmp_path: Path, launched: list[Job], command_
         (["--axis", "AXIS", "--skip", "guided"], "--skip: guided is what the others of trial are compared with"),
         (["--axis", "STRANGE"], "--axis: strange: variant bad: guidance.strength: unknown field"),
         (
-            ["prior=elsewhere", "--axis", "AXIS"],
+            ["prior=.", "--axis", "AXIS"],
             "--axis: trial: variant floor: images: floor: prior.path: ",
         ),
     ],

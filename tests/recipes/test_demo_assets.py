@@ -42,7 +42,7 @@ def test_teacher_is_the_one_that_its_record_describes(recipe: str) -> None:
 
 
 def test_light_decoder_is_the_priors_and_leads_where_the_full_one_does() -> None:
-    path = ASSETS / "guidance_decoder.safetensors"
+    path = ASSETS / "fashion" / "guidance_decoder.safetensors"
     assert path.stat().st_size < 300_000
     overrides = [f"guidance.decoder={path}", "device=cpu", "kernel=reference"]
     recipe = load_recipe("fashion", overrides)

@@ -174,8 +174,8 @@ def test_every_step_of_the_demo_is_the_same(monkeypatch: pytest.MonkeyPatch) -> 
         return made
 
     reference = painted(settled, 4)
-    monkeypatch.setattr("diffdfkd.engine.sampler.predict", both(predict))
-    monkeypatch.setattr("diffdfkd.engine.sampler.advance", both(advance))
+    monkeypatch.setattr("diffdfkd.engine.loop.predict", both(predict))
+    monkeypatch.setattr("diffdfkd.engine.loop.advance", both(advance))
     monkeypatch.setattr("diffdfkd.engine.stages.batchnorm_loss", statistics)
     made = painted(settled.model_copy(update={"kernel": "triton"}), 4)
     assert [compared.count(name) for name in ("predict", "advance", "batchnorm_loss")] == [settled.synthesis.steps] * 3
