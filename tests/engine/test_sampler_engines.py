@@ -315,7 +315,7 @@ class Demo:
     def __call__(self, *overrides: str, samples: int = BATCH) -> Trajectory:
         ids = torch.arange(samples)
         with self.painter(*overrides) as painter:
-            return painter._denoise(ids, ids % 10, True, True)[1]
+            return painter._denoise(ids[None], ids % 10, ids % 10, True, True)[1]
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +391,8 @@ def test_demo_sample_by_sample(demo: Demo) -> None:
     with demo.painter("synthesis.batch_size=1", "engine=eager") as eager, demo.painter(*overrides) as engine:
         for sample_id in range(16):
             ids = torch.tensor([sample_id])
-            ends = [painter._denoise(ids, ids % 10, True, True)[1].latents for painter in (engine, eager)]
+            given = (ids[None], ids % 10, ids % 10, True, True)
+            ends = [painter._denoise(*given)[1].latents for painter in (engine, eager)]
             found.append(apart(*ends).item())
     print(" ".join(f"{value:.0e}" for value in sorted(found)))
     assert sum(value <= 1e-3 for value in found) >= 4

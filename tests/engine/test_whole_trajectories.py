@@ -177,7 +177,7 @@ def test_demo_guided_to_the_end_in_float64(tmp_path: Path, monkeypatch: pytest.M
 
         def ends(samples: int) -> Trajectory:
             ids = torch.arange(samples)
-            return painter._denoise(ids, ids % 10, True, True)[1]
+            return painter._denoise(ids[None], ids % 10, ids % 10, True, True)[1]
 
         # The last batch of a round is shorter than what the engine was built for.
         sizes = (BATCH, BATCH - 3)
