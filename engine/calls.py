@@ -9,12 +9,8 @@ from diffdfkd.engine.recipe import Recipe
 
 def rows_by_step(recipe: Recipe, *, doubled: bool = True) -> list[int]:
     """Rows of the UNet for an image in each step: 2 with classifier-free guidance, if the prior makes two of it."""
-    return [2 if doubled and not alone else 1 for alone in _alone(recipe)]
-
-
-def _alone(recipe: Recipe) -> list[bool]:
-    synthesis = recipe.synthesis
-    return [True] * synthesis.steps if synthesis.guidance_scale == 1 else prompt_alone_steps(synthesis)
+    twice = doubled and recipe.synthesis.guidance_scale != 1
+    return [2 if twice and not alone else 1 for alone in prompt_alone_steps(recipe.synthesis)]
 
 
 def mending_rows(recipe: Recipe, rows: Sequence[int]) -> int:

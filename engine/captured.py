@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffdfkd.engine.cutmix import CutMixPlan
 from diffdfkd.engine.guidance_schedule import GuidanceSchedule
-from diffdfkd.engine.loop import Alone, Kind, Loop, open_lane, step_chains, step_kinds
+from diffdfkd.engine.loop import Alone, Kind, Loop, open_lanes, step_chains, step_kinds, step_widths
 from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.sampler import Trajectory, travel
 from diffdfkd.engine.schedule import Table
@@ -52,8 +52,7 @@ class CapturedSampler:
         batch, steps = shape[0], table.steps
         self.table, self._record = table, record or record_graph
         self.chains = {False: chain, True: light}
-        self.doubled = context[0] == 2 * batch
-        widths = [self.doubled and not (alone is not None and alone.steps[step]) for step in range(steps)]
+        widths = step_widths(context[0] == 2 * batch, alone, steps)
         self.kinds = step_kinds(table, step_chains(guidance, steps, chain, light), widths, [True] * steps)
         self.rows, self.timesteps = table.rows.to(device), table.timesteps.to(device)
         self.z = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
@@ -67,10 +66,7 @@ class CapturedSampler:
         self.partners = torch.zeros(steps, batch, dtype=torch.int64, device=device)
         self.boxes = torch.zeros(steps, batch, 4, dtype=torch.int32, device=device)
         held = torch.zeros(context, device=device)
-        self.lanes = {self.doubled: open_lane(unet, None, held, shape[1:], self.timesteps)}
-        if alone is not None:
-            held = torch.zeros(batch, *context[1:], device=device)
-            self.lanes[False] = open_lane(alone.unet, None, held, shape[1:], self.timesteps)
+        self.lanes = open_lanes(unet, None, alone, held, batch, shape[1:], self.timesteps)
         scales = torch.full((batch,), scale, dtype=torch.float32, device=device)
         draw = Draw(seed, self.ids)
         # Plans are checked where they are made.

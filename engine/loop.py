@@ -70,6 +70,28 @@ def open_lane(unet: UNet, vjp: Vjp | None, context: Tensor, latent: Sequence[int
     return Lane(unet, vjp, context, NextInput(inputs, timestep, timesteps))
 
 
+def open_lanes(
+    unet: UNet,
+    vjp: Vjp | None,
+    alone: Alone | None,
+    context: Tensor,
+    batch: int,
+    latent: Sequence[int],
+    timesteps: Tensor,
+) -> dict[bool, Lane]:
+    """Lanes by whether their rows are doubled: that of ``context`` [B or 2B, T, D], and that of the prompt alone."""
+    lanes = {len(context) == 2 * batch: open_lane(unet, vjp, context, latent, timesteps)}
+    if alone is not None:
+        # Of both halves the prompt's is the last.
+        lanes[False] = open_lane(alone.unet, alone.vjp, context[-batch:], latent, timesteps)
+    return lanes
+
+
+def step_widths(doubled: bool, alone: Alone | None, steps: int) -> list[bool]:
+    """Per step, whether the UNet's rows are doubled."""
+    return [doubled and not (alone is not None and alone.steps[step]) for step in range(steps)]
+
+
 @dataclass(frozen=True)
 class Loop:
     """What all steps of a trajectory share, and the step of mode ``clean`` and of no guidance."""

@@ -16,7 +16,7 @@ from diffdfkd.engine.cheap_steps import whole_steps
 from diffdfkd.engine.cutmix import CutMixPlan
 from diffdfkd.engine.fan_out import branched
 from diffdfkd.engine.guidance_schedule import GuidanceSchedule
-from diffdfkd.engine.loop import Alone, Loop, open_lane, step_chains, step_kinds
+from diffdfkd.engine.loop import Alone, Loop, open_lanes, step_chains, step_kinds, step_widths
 from diffdfkd.engine.recipe import GuidanceRecipe
 from diffdfkd.engine.schedule import Table
 from diffdfkd.engine.seams import blend, repair_seams
@@ -143,7 +143,7 @@ def sample(
         raise ValueError(f"scale: got {scale} with a context that is not doubled; only scale 1 needs no second half")
     rows, timesteps = table.rows.to(device), table.timesteps.to(device)
     chains = step_chains(guidance, table.steps, chain, light)
-    widths = [doubled and not (alone is not None and alone.steps[index]) for index in range(table.steps)]
+    widths = step_widths(doubled, alone, table.steps)
     kinds = step_kinds(table, chains, widths, whole_steps(reuse_every, widths, changes(plan)))
     plan, prompts, sample_ids = plan.to(device), context[-batch:], sample_ids.to(device)
     scales = scale if isinstance(scale, Tensor) else torch.full((batch,), scale, dtype=torch.float32, device=device)
@@ -152,9 +152,7 @@ def sample(
     z = (noise.float() * table.initial_scale).contiguous(memory_format=torch.channels_last)
     # What is blended is written where the UNet reads it, which is the caller's no longer.
     context = context.clone() if plan.blends else context
-    lanes = {doubled: open_lane(unet, vjp, context, z.shape[1:], timesteps)}
-    if alone is not None:
-        lanes[False] = open_lane(alone.unet, alone.vjp, context[-batch:], z.shape[1:], timesteps)
+    lanes = open_lanes(unet, vjp, alone, context, batch, z.shape[1:], timesteps)
     step = start_counter(device)
     frozen = torch.zeros(table.steps, dtype=torch.int32, device=device)
     schedule = GuidanceSchedule.of(guidance, [kind.guided for kind in kinds], device)
