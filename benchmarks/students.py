@@ -61,6 +61,7 @@ def train_student(
             seed=recipe.seed,
             data_digest=digest,
             parts=parts,
+            selection=recipe.selection,
             journal=journal,
             device=recipe.device,
             kernel=recipe.kernel,
