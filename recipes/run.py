@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffdfkd.engine.images import Images
     from diffdfkd.engine.journal import Journal
     from diffdfkd.engine.logits import Part
+    from diffdfkd.engine.painter import Models
     from diffdfkd.engine.prior import Prior
 
 LOOKED_AT = 50
@@ -43,10 +44,6 @@ def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         recipe = folder.recipe
         if (result := finished(folder, preview=True)) is not None:
             return result
-        from diffdfkd.engine.cheap_steps import uses_light
-        from diffdfkd.engine.gradient_cosine import check_decoder
-        from diffdfkd.engine.preview import preview_pairs
-        from diffdfkd.engine.reference import keep_reference
         from diffdfkd.engine.synthesis import Models, synthesize
 
         use_device(recipe)
@@ -57,15 +54,10 @@ def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
         with session(folder, "run", time.perf_counter() - started) as journal:
             tell_engines(choices, journal)
             drop_broken_chain(folder, journal)
-            if uses_light(recipe.guidance):
-                check_decoder(recipe, prior, teacher, journal)
             for round in range(recipe.rounds):
                 models = Models(prior, teacher, student_of(folder, round - 1) if round else None)
                 if round == 0:
-                    with stage(journal, "preview", recipe):
-                        preview_pairs(recipe, models, folder.path, journal)
-                    with stage(journal, "reference", recipe):
-                        keep_reference(recipe, models, folder.path, journal)
+                    look_first(recipe, models, folder.path, journal)
                 with stage(journal, "synthesis", recipe):
                     synthesize(recipe, models, round, folder.path, journal, progress)
                 if not folder.snapshot_of(round).is_file():
@@ -74,6 +66,21 @@ def run(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
                         distil_round(beginner, teacher, folder, round, journal, progress)
             publish(folder.snapshot, folder.student)
             return finish(folder, teacher, test, journal, progress, prior_licence=prior.licence)
+
+
+def look_first(recipe: Recipe, models: "Models", output: Path, journal: "Journal") -> None:
+    """What comes before the first image: a light decoder's check, the preview, and what diversity is judged beside."""
+    from diffdfkd.engine.cheap_steps import uses_light
+    from diffdfkd.engine.gradient_cosine import check_decoder
+    from diffdfkd.engine.preview import preview_pairs
+    from diffdfkd.engine.reference import keep_reference
+
+    if uses_light(recipe.guidance):
+        check_decoder(recipe, models.prior, models.teacher, journal)
+    with stage(journal, "preview", recipe):
+        preview_pairs(recipe, models, output, journal)
+    with stage(journal, "reference", recipe):
+        keep_reference(recipe, models, output, journal)
 
 
 def load(recipe: Recipe) -> tuple["Prior", "Classifier", "Classifier", "Images | None"]:

@@ -9,7 +9,7 @@ from diffdfkd.engine.recipe import Recipe
 from diffdfkd.recipes.engines import tell_engines, with_engines
 from diffdfkd.recipes.figures import stage
 from diffdfkd.recipes.launch import refuse_launch
-from diffdfkd.recipes.run import load_prior_for, session, use_device
+from diffdfkd.recipes.run import load_prior_for, look_first, session, use_device
 from diffdfkd.recipes.run_folder import claim
 
 
@@ -20,11 +20,7 @@ def synthesize(recipe: Recipe, *, progress: bool = True) -> str:
     """
     refuse_launch("synthesize")
     started = time.perf_counter()
-    from diffdfkd.engine.cheap_steps import uses_light
     from diffdfkd.engine.classifier import build_classifier
-    from diffdfkd.engine.gradient_cosine import check_decoder
-    from diffdfkd.engine.preview import preview_pairs
-    from diffdfkd.engine.reference import keep_reference
     from diffdfkd.engine.synthesis import Models
     from diffdfkd.engine.synthesis import synthesize as make_shards
 
@@ -38,12 +34,7 @@ def synthesize(recipe: Recipe, *, progress: bool = True) -> str:
         folder.freeze()
         with session(folder, "synthesize", time.perf_counter() - started) as journal:
             tell_engines(choices, journal)
-            if uses_light(recipe.guidance):
-                check_decoder(recipe, models.prior, teacher, journal)
-            with stage(journal, "preview", recipe):
-                preview_pairs(recipe, models, folder.path, journal)
-            with stage(journal, "reference", recipe):
-                keep_reference(recipe, models, folder.path, journal)
+            look_first(recipe, models, folder.path, journal)
             with stage(journal, "synthesis", recipe):
                 made = make_shards(recipe, models, 0, folder.path, journal, progress)
     rate = f", {made.made} of them made now at {made.made / made.seconds:.1f} a second" if made.seconds else ""
