@@ -19,7 +19,8 @@ from diffdfkd.engine.architectures import ARCHITECTURES
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.memory import fitting, ran_out
 from diffdfkd.engine.programs import READERS, Program, load_program
-from diffdfkd.engine.recipe import ClassifierRecipe, TeacherRecipe
+from diffdfkd.engine.recipe import ClassifierRecipe, StudentRecipe, TeacherRecipe
+from diffdfkd.engine.weight_selection import select_weights
 from diffdfkd.engine.weights import load_weights
 
 FACTORY = re.compile(r"[^\s.:/\\]+(\.[^\s.:/\\]+)*:[^\s.:]+")
@@ -95,11 +96,13 @@ def build_classifier(
     *,
     field: Literal["teacher", "student"],
     seed: int | None = None,
+    trained: Classifier | None = None,
 ) -> Classifier:
     """The recipe's teacher (weights required, frozen, eval mode) or student (trainable, train mode) on the CPU.
 
     The student has the teacher's classes and preprocessing; its initial weights depend on `seed` alone, or are
-    those of `recipe.weights`. The global random state is left as it was.
+    those of `recipe.weights`, or those selected from the teacher's (`initialization`; only with a seed, since a student
+    without one exists already), which is `trained` or is built for it. The global random state is left as it was.
     """
     if field == "teacher" and recipe.weights is None:
         raise UserError("teacher.weights: missing; name the file with the trained teacher's state dict")
@@ -127,6 +130,9 @@ def build_classifier(
             )
             if recipe.weights is not None:
                 load_weights(model, recipe.weights, field=field)
+            if isinstance(recipe, StudentRecipe) and recipe.initialization == "teacher" and seed is not None:
+                trained = trained or build_classifier(teacher, teacher, field="teacher")
+                select_weights(model, trained.model, (teacher.channels, teacher.size, teacher.size))
         # A student without a seed is one that exists and is not trained.
         modes = (False, True) if field == "student" and seed is not None else (False,)
         for training in modes:

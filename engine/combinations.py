@@ -85,6 +85,20 @@ def impossible(recipe: "Recipe") -> Iterable[tuple[str, str]]:
             f"{recipe.student.architecture} is a whole program, which can teach but not be trained; name a network, "
             "such as resnet18",
         )
+    if recipe.student.initialization == "teacher":
+        if recipe.student.weights is not None:
+            yield (
+                "student.initialization",
+                f"teacher, but student.weights names {recipe.student.weights}, with which the student would begin; "
+                "set student.initialization=random, or student.weights=null",
+            )
+        if teacher.architecture in PROGRAMS:
+            yield (
+                "student.initialization",
+                f"teacher, but teacher.architecture is {teacher.architecture}, a whole program whose weights belong to "
+                "no named layers; set student.initialization=random, or bring the module's code "
+                "(package.module:factory) and its state dict",
+            )
     if teacher.architecture in PROGRAMS and guidance.mode != "none" and guidance.batchnorm_weight > 0:
         yield (
             "guidance.batchnorm_weight",

@@ -106,16 +106,21 @@ def _figures(recipe: Recipe, result: Content) -> str:
 
 
 def _seen(recipe: Recipe, result: Content, images: str | None) -> str:
-    start = (
-        "Its initial weights are random."
-        if recipe.student.weights is None
-        else f"Its initial weights are those of {Path(recipe.student.weights).name}, and what they have seen is theirs."
-    )
+    if recipe.student.weights is not None:
+        name = Path(recipe.student.weights).name
+        start = f"Its initial weights are those of {name}, and what they have seen is theirs."
+    elif recipe.student.initialization == "teacher":
+        start = (
+            "Its initial weights are a part of the teacher's, and what those have learned from the teacher's data has "
+            f"come along. The teacher's licence: {recipe.teacher.licence or NOT_STATED}."
+        )
+    else:
+        start = "Its initial weights are random."
     if images is None:
         seen = (
-            "It has seen images that the prior made, and the teacher's answers to them; no image of the data that the "
-            "teacher was trained on, and none of the test images. What prior and teacher themselves were trained on is "
-            "for their own cards to say."
+            "It was trained on images that the prior made, and the teacher's answers to them; on no image of the data "
+            "that the teacher was trained on, and none of the test images. What prior and teacher themselves were "
+            "trained on is for their own cards to say."
         )
     else:
         seen = (
@@ -149,6 +154,7 @@ def _making(recipe: Recipe, result: Content, digests: Mapping[str, str], images:
     rows = [
         ("student", described(recipe.student.architecture, recipe.student.options)),
         ("student.safetensors, SHA-256", result["student_sha256"]),
+        ("initial weights", "a file" if recipe.student.weights else recipe.student.initialization),
         ("teacher", described(recipe.teacher.architecture, recipe.teacher.options)),
         ("teacher, SHA-256", digests.get("teacher", NOT_STATED)),
     ]

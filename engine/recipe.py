@@ -57,6 +57,12 @@ class ClassifierRecipe(Section):
     """State dict, ``.safetensors`` preferred; a pickle is read with ``weights_only=True``."""
 
 
+class StudentRecipe(ClassifierRecipe):
+    initialization: Literal["random", "teacher"] = "random"
+    """What the student begins with: ``teacher`` takes a part of the teacher's weights, where the student is a narrower
+    or shallower network of the teacher's family (weight selection, arXiv 2311.18823; docs/method.md)."""
+
+
 class TeacherRecipe(ClassifierRecipe):
     classes: list[Annotated[str, Field(pattern=r"\S")]]
     """Class names in the order of the teacher's outputs."""
@@ -284,7 +290,7 @@ class AboutRecipe(Section):
 class Recipe(Section):
     prior: PriorRecipe
     teacher: TeacherRecipe
-    student: ClassifierRecipe
+    student: StudentRecipe
     engine: EngineRecipe = EngineRecipe()
     synthesis: SynthesisRecipe = SynthesisRecipe()
     guidance: GuidanceRecipe = GuidanceRecipe()

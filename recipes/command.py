@@ -12,8 +12,13 @@ from diffdfkd.engine.errors import UserError
 
 def run_command(command: typer.Typer | Callable[..., None]) -> None:
     """Run an application, or a function as the only command of one, and leave the process with its exit code."""
+    if not isinstance(command, typer.Typer):
+        # Without markup: help may hold brackets, such as those around a default path.
+        application = typer.Typer(rich_markup_mode=None, add_completion=False)
+        application.command()(command)
+        command = application
     try:
-        command() if isinstance(command, typer.Typer) else typer.run(command)
+        command()
     except UserError as error:
         sys.exit(complain(str(error)))
 

@@ -11,7 +11,7 @@ from diffdfkd.engine.cheap_steps import light_steps, whole_steps
 from diffdfkd.engine.combinations import fork_step, guided_runs, guided_steps, round_samples, step_runs
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.recipe import Recipe
-from diffdfkd.recipes.inventory import Item, prior_folder, student, take_stock
+from diffdfkd.recipes.inventory import Item, prior_folder, take_stock
 
 WIDTH = 100
 
@@ -223,6 +223,7 @@ def _disk(recipe: Recipe) -> tuple[str, bool]:
 
     An image counts as its raw pixels, two tar headers and its record.
     """
+    from diffdfkd.engine.classifier import build_model
     from diffdfkd.engine.logits import uses_cache
     from diffdfkd.engine.painter import saved_size
     from diffdfkd.engine.plan import shard_plan
@@ -233,7 +234,9 @@ def _disk(recipe: Recipe) -> tuple[str, bool]:
     kept = uses_cache(recipe.distillation, images)[0] or recipe.selection.acts(recipe.rounds > 1)
     answers = images * len(recipe.teacher.classes) * 4 if kept else 0
     synthetic = images * (pixels + 3072) + shards * 16_384 + answers
-    weights = 4 * sum(tensor.numel() for tensor in student(recipe).state_dict().values())
+    chosen, classes = recipe.student, len(recipe.teacher.classes)
+    student = build_model(chosen.architecture, chosen.options, recipe.teacher.channels, classes, field="student")
+    weights = 4 * sum(tensor.numel() for tensor in student.state_dict().values())
     moments = 2 if recipe.distillation.optimizer == "adamw" else 1
     # Snapshots, student and ONNX file; two checkpoints and the one that replaces the older; then what has no weights.
     training = weights * (recipe.rounds + 2) + 3 * weights * (2 + moments) + 250_000

@@ -91,7 +91,7 @@ def wanted(recipe: Recipe, prior: "Prior", teacher: "Classifier") -> list[tuple[
     chains = [stage for stage in stages if field_of(stage) == "chain"]
     if chains and recipe.rounds > 1 and uses_student(recipe, 1):
         # Its weights are inputs, so any student of the architecture will do.
-        student = build_classifier(recipe.student, recipe.teacher, field="student", seed=recipe.seed)
+        student = build_classifier(recipe.student, recipe.teacher, field="student", seed=recipe.seed, trained=teacher)
         knowing = replace(first, student=student.to(recipe.device).eval().requires_grad_(False))
         found += [(stage, knowing) for stage in chains]
     return found

@@ -146,7 +146,8 @@ def _student(recipe: Recipe) -> Item:
     weights = recipe.student.weights
     if weights is not None and not Path(weights).is_file():
         return Item("student.weights", None, f"{weights}: no such file")
-    start = f"begins from {weights}" if weights else "new"
+    inherits = recipe.student.initialization == "teacher"
+    start = f"begins from {weights}" if weights else "begins with weights of the teacher" if inherits else "new"
     built = student(recipe)
     if recipe.distillation.reads_maps:
         stages_of(built, recipe.distillation, "student")
@@ -160,6 +161,8 @@ def student(recipe: Recipe) -> "Classifier":
     chosen = recipe.student
     if chosen.weights is not None and not Path(chosen.weights).is_file():
         chosen = chosen.model_copy(update={"weights": None})
+    if recipe.teacher.weights is None or not Path(recipe.teacher.weights).is_file():
+        chosen = chosen.model_copy(update={"initialization": "random"})
     return build_classifier(chosen, recipe.teacher, field="student", seed=recipe.seed)
 
 

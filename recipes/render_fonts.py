@@ -41,7 +41,7 @@ ALIKE = 0.03
 SAME = 0.012
 """Two fonts whose digits differ by less, by the same measure, count once."""
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 
 
 def read_list(path: Path = ASSETS / "fonts.json") -> list[dict[str, str]]:

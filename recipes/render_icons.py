@@ -37,7 +37,7 @@ VARIANTS = 46
 GENERAL_SHARE = 0.13
 CANONICAL_SHARE = 0.75
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 
 
 @dataclasses.dataclass(frozen=True)

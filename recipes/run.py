@@ -131,7 +131,8 @@ def load_classifiers(recipe: Recipe) -> tuple["Classifier", "Classifier", "Image
     from diffdfkd.engine.feature_stages import stages_of_both
 
     teacher = build_classifier(recipe.teacher, recipe.teacher, field="teacher").to(recipe.device)
-    student = build_classifier(recipe.student, recipe.teacher, field="student", seed=recipe.seed).to(recipe.device)
+    student = build_classifier(recipe.student, recipe.teacher, field="student", seed=recipe.seed, trained=teacher)
+    student = student.to(recipe.device)
     stages_of_both(teacher, student, recipe.distillation)
     return teacher, student, open_test(recipe)
 

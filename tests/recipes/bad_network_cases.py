@@ -237,6 +237,24 @@ CASES = [
         "student.weights: ",
         (),
     ),
+    Case(
+        "student wider than the teacher whose weights it is to begin with",
+        given("student.initialization=teacher", "student.options.width=5"),
+        "student.initialization: teacher, but ",
+        ("no counterpart", "features.0.0.weight", "student.initialization=random"),
+    ),
+    Case(
+        "student that is to begin twice",
+        given("student.initialization=teacher", "student.weights={folder}/../s.safetensors"),
+        "student.initialization: teacher, but student.weights names ",
+        ("student.weights=null",),
+    ),
+    Case(
+        "beginning that is none",
+        given("student.initialization=pretrained"),
+        "student.initialization: got ",
+        ("random", "teacher"),
+    ),
     Case("layer that is none", given("guidance.layers=[nine.*]"), "guidance.layers: 'nine.*' matches none", ("are ",)),
     Case(
         "too few weights of layers",

@@ -36,3 +36,13 @@ def test_mistake_is_one_line_and_exit_code_2(
     assert leaving.value.code == 2
     last = capfd.readouterr().err.splitlines()[-1]  # a progress bar may come first
     assert last.startswith("error: ") and problem in last
+
+
+@pytest.mark.parametrize("module", ["pretrain_prior", "render_fonts", "render_icons", "train_teacher"])
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
+def test_help_is_printed(module: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    name = f"diffdfkd.recipes.{module}"
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_module(name, run_name="__main__")
+    assert leaving.value.code == 0 and "Usage" in capfd.readouterr().out

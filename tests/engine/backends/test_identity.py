@@ -91,6 +91,7 @@ def test_every_source_that_makes_a_graph_or_an_engine_counts(
 NO_PART = {
     *("engine.architectures", "engine.errors", "engine.lora", "engine.memory", "engine.plan", "engine.prior_files"),
     *("engine.programs", "engine.recipe", "engine.runner", "engine.specification", "engine.weights"),
+    "engine.weight_selection",
     *("engine.backends.own_folder", "engine.checkpoint", "engine.shards", "kernels.philox"),
 }
 """Imported by those files, and without a say in what a stage computes from given networks."""
