@@ -2,6 +2,7 @@
 
     python -m diffdfkd.recipes.train_teacher --output recipes/assets/fashion/teacher.safetensors --threads 1
     python -m diffdfkd.recipes.train_teacher digits --output recipes/assets/digits/teacher.safetensors --threads 1
+    python -m diffdfkd.recipes.train_teacher --architecture resnet18 --width 16 --output resnet18.safetensors
 
 Minutes on one core. Test images are never read here: the last network is kept, and validation images report on it.
 `diffdfkd.recipes.teacher_data` says which images these are.
@@ -22,9 +23,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from diffdfkd.engine.architectures import small_cnn
 from diffdfkd.engine.augmentation import affine
-from diffdfkd.engine.classifier import Classifier, Preprocessing
+from diffdfkd.engine.classifier import Classifier, Preprocessing, build_model
 from diffdfkd.engine.errors import UserError
 from diffdfkd.engine.progress import progress_bar
 from diffdfkd.engine.shards import write_atomic
@@ -73,8 +73,9 @@ def train(
     labels: Tensor,
     augment: Callable[[Tensor, torch.Generator], Tensor],
     *,
+    architecture: str,
+    options: dict[str, Any],
     classes: int,
-    width: int,
     epochs: int,
     batch_size: int,
     learning_rate: float,
@@ -87,7 +88,7 @@ def train(
     """Network of the last step: SGD with Nesterov momentum and a one-cycle rate, from uint8 [N,1,H,W] and int64 [N]."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = small_cnn(1, classes, width=width).to(memory_format=torch.channels_last)
+    model = build_model(architecture, options, 1, classes, field="teacher").to(memory_format=torch.channels_last)
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups: list[dict[str, Any]] = [
@@ -136,7 +137,13 @@ def main(
         ),
     ] = None,
     download: Annotated[Path | None, typer.Option(help="Let torchvision fetch the data into this folder.")] = None,
-    width: Annotated[int, typer.Option(help="Of architecture small_cnn.")] = 32,
+    architecture: Annotated[str, typer.Option(help="As teacher.architecture in a recipe.")] = "small_cnn",
+    width: Annotated[
+        int | None,
+        typer.Option(
+            help="The architecture's option of this name [32 for small_cnn, else its own]", show_default=False
+        ),
+    ] = None,
     epochs: int = 18,
     batch_size: int = 256,
     learning_rate: Annotated[float, typer.Option(help="Highest rate of the one-cycle schedule.")] = 0.2,
@@ -152,13 +159,19 @@ def main(
         raise UserError(f"DATA_SET: got {data_set}; one of {', '.join(READERS)}")
     if precision not in ("bfloat16", "float32"):
         raise UserError(f"--precision: got {precision}; bfloat16 or float32")
+    if width is None and architecture == "small_cnn":
+        width = 32
+    options = {} if width is None else {"width": width}
+    # Before the data is read: a name or a width that cannot be is told at once.
+    build_model(architecture, options, 1, 10, field="teacher")
     record = train_teacher(
         READERS[data_set](data, download),
         output,
         AUGMENTATIONS[data_set],
         seed=seed,
+        architecture=architecture,
+        options=options,
         settings={
-            "width": width,
             "epochs": epochs,
             "batch_size": batch_size,
             "learning_rate": learning_rate,
@@ -175,6 +188,8 @@ def train_teacher(
     output: Path,
     augment: Callable[[Tensor, torch.Generator], Tensor],
     *,
+    architecture: str,
+    options: dict[str, Any],
     seed: int,
     settings: dict[str, Any],
     command: str,
@@ -189,19 +204,28 @@ def train_teacher(
     start = time.monotonic()
     classes = len(data.classes)
     model = train(
-        images[training], labels[training], augment, classes=classes, mean=mean, std=std, seed=seed, **settings
+        images[training],
+        labels[training],
+        augment,
+        architecture=architecture,
+        options=options,
+        classes=classes,
+        mean=mean,
+        std=std,
+        seed=seed,
+        **settings,
     )
     seconds = time.monotonic() - start
     found = accuracy(model, (images[validation].float() / 255 - mean) / std, labels[validation])
 
     preprocessing = Preprocessing(channels=1, size=28, mean=(mean,), std=(std,), interpolation="bilinear")
     classifier = Classifier(model.to(memory_format=torch.contiguous_format), preprocessing, list(data.classes))
-    metadata = {"architecture": "small_cnn", "data": data.title, "licence": data.licence}
+    metadata = {"architecture": architecture, "data": data.title, "licence": data.licence}
     save_classifier(classifier, output, metadata)
     record = {
         "sha256": digest(output),
-        "architecture": "small_cnn",
-        "options": {"width": settings["width"]},
+        "architecture": architecture,
+        "options": options,
         "classes": list(data.classes),
         "channels": 1,
         "size": 28,

@@ -49,18 +49,23 @@ def write_training_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_data, "VALIDATION_PER_CLASS", 10)
 
 
-def test_a_toy_teacher_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("given", "architecture"), [([], "small_cnn"), (["--architecture", "resnet18"], "resnet18")])
+def test_a_toy_teacher_from_the_command_line(
+    given: list[str], architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_training_files(tmp_path, monkeypatch)
     output = tmp_path / "teacher.safetensors"
     application = Typer()
     application.command()(train_teacher.main)
     arguments = ["--data", str(tmp_path), "--output", str(output), "--width", "4", "--epochs", "2", "--seed", "3"]
+    arguments += given
     result = CliRunner().invoke(application, [*arguments, "--batch-size", "50", "--precision", "float32"])
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "teacher.json").read_text())
     assert record["training_images"] == 500 and record["validation_images"] == 100
+    assert record["architecture"] == architecture and record["options"] == {"width": 4}
     recipe = TeacherRecipe(
-        architecture="small_cnn",
+        architecture=architecture,
         weights=str(output),
         **{key: record[key] for key in ("options", "classes", "channels", "size")},
         mean=[record["mean"]],
@@ -75,13 +80,17 @@ def test_a_toy_teacher_from_the_command_line(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("name", "images", "least"),
-    [("fashion", "t10k-images-idx3-ubyte.gz", 450), ("digits", "images-idx3-ubyte.gz", 485)],
+    ("name", "file", "images", "least"),
+    [
+        ("fashion", "teacher", "t10k-images-idx3-ubyte.gz", 450),
+        ("fashion", "resnet18", "t10k-images-idx3-ubyte.gz", 450),
+        ("digits", "teacher", "images-idx3-ubyte.gz", 485),
+    ],
 )
-def test_the_shipped_teachers_are_what_their_records_say(name: str, images: str, least: int) -> None:
-    record = json.loads((ASSETS / name / "teacher.json").read_text())
-    path = ASSETS / name / "teacher.safetensors"
-    assert path.stat().st_size <= 2_000_000
+def test_the_shipped_teachers_are_what_their_records_say(name: str, file: str, images: str, least: int) -> None:
+    record = json.loads((ASSETS / name / f"{file}.json").read_text())
+    path = ASSETS / name / f"{file}.safetensors"
+    assert path.stat().st_size <= 3_000_000
     assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     recipe = TeacherRecipe(
         architecture=record["architecture"],
