@@ -83,6 +83,7 @@ def test_a_toy_teacher_from_the_command_line(
     ("name", "file", "images", "least"),
     [
         ("fashion", "teacher", "t10k-images-idx3-ubyte.gz", 450),
+        ("fashion", "resnet18", "t10k-images-idx3-ubyte.gz", 450),
         ("digits", "teacher", "images-idx3-ubyte.gz", 485),
     ],
 )
