@@ -1,10 +1,10 @@
 """A picture of an ablation's table: accuracy over images, steps or seconds, as an SVG file.
 
-    python -m diffdfkd.benchmarks.curves benchmarks/results/ablation-fashion.csv --axis budget --across images \
-        --output docs/budget-fashion.svg
+    python -m diffdfkd.benchmarks.curves benchmarks/results/ablation-fashion.csv --axis initialization --across steps \
+        --images 1200 --output curves.svg
 
-Points are means over seeds, bars standard deviations. A variant with one number of images where others have several, as
-fresh draws have, is a dashed level.
+Points are means over seeds, bars standard deviations. Over images, a variant that learns from fresh draws is a dashed
+level.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def read_rows(table: Path, axis: str) -> list[Row]:
             rows: list[Row] = [*csv.DictReader(lines)]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"TABLE: {table}: cannot be read ({error}); give a table of diffdfkd ablate") from None
-    if not rows or not {"axis", "variant", "images", "steps", "student_accuracy"} <= set(rows[0]):
+    if not rows or not {"axis", "variant", "images", "steps", "sampling_steps", "student_accuracy"} <= set(rows[0]):
         raise UserError(f"TABLE: {table}: is no table of runs as diffdfkd ablate writes it")
     chosen = [row for row in rows if row["axis"] == axis]
     if not chosen:
@@ -50,19 +50,32 @@ def read_rows(table: Path, axis: str) -> list[Row]:
 
 
 def chart(rows: Sequence[Row], across: str, title: str) -> str:
-    """A standalone SVG of mean accuracy, in per cent; a curve for each variant."""
+    """A standalone SVG of mean accuracy, in per cent; a curve for each variant.
+
+    UserError where a curve would have several points at one place, and names the option that parts them.
+    """
     label, place = ACROSS[across]
+    fresh = fresh_draws(rows)
+    steps = {row["steps"] for row in rows}
+    images = {row["images"] for row in rows if row["variant"] not in fresh}
+    for field, values, needed in (
+        ("steps", steps, across == "images" or (across == "seconds" and len(images) > 1)),
+        ("images", images, across == "steps"),
+    ):
+        if needed and len(values) > 1:
+            raise UserError(f"--{field}: the rows have {', '.join(sorted(values, key=int))}; give one of them")
     curves: dict[str, list[tuple[float, Mean]]] = {}
     for (variant, _, _), cell in _cells(rows).items():
-        where = fmean(place(row) for row in cell)
-        if where > 0:
-            curves.setdefault(variant, []).append((where, _mean(cell)))
-    longest = max((len(points) for points in curves.values()), default=0)
-    levels = {name: points[0][1] for name, points in curves.items() if len(points) == 1 < longest}
+        curves.setdefault(variant, []).append((fmean(place(row) for row in cell), _mean(cell)))
+    levels = {name: points[0][1] for name, points in curves.items() if name in fresh and across == "images"}
     series = {name: points for name, points in curves.items() if name not in levels}
-    if across != "images":
-        levels = {}
     return standalone(interval_curves(title, series, levels, label), width=720)
+
+
+def fresh_draws(rows: Sequence[Row]) -> set[str]:
+    """Variants that learnt from fresh draws: not synthesised, and of as many images as no synthesised one has."""
+    made = {row["images"] for row in rows if int(row["sampling_steps"])}
+    return {row["variant"] for row in rows if not int(row["sampling_steps"]) and row["images"] not in made}
 
 
 def _cells(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
@@ -94,12 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.output.suffix != ".svg":
             raise UserError(f"--output: {given.output}: name a file that ends in .svg")
         rows = read_rows(given.table, given.axis)
+        fresh = fresh_draws(rows)
         for field in ("steps", "images"):
             wanted = getattr(given, field)
             if wanted is None:
                 continue
             # Fresh draws have no number of images of their own.
-            kept = [row for row in rows if int(row[field]) == wanted or (field == "images" and _fresh(row))]
+            spared = fresh if field == "images" else set()
+            kept = [row for row in rows if int(row[field]) == wanted or row["variant"] in spared]
             if not kept:
                 there = ", ".join(sorted({row[field] for row in rows}, key=int))
                 raise UserError(f"--{field}: {wanted}: no row of {given.axis} has it; there are {there}")
@@ -109,10 +124,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_atomic(given.output, chart(rows, given.across, title).encode())
     except UserError as error:
         sys.exit(complain(str(error)))
-
-
-def _fresh(row: Row) -> bool:
-    return row["variant"].endswith("floor")
 
 
 if __name__ == "__main__":

@@ -130,13 +130,13 @@ def build_classifier(
             )
             if recipe.weights is not None:
                 load_weights(model, recipe.weights, field=field)
-            if isinstance(recipe, StudentRecipe) and recipe.initialization == "teacher" and seed is not None:
-                trained = trained or build_classifier(teacher, teacher, field="teacher")
-                select_weights(model, trained.model, (teacher.channels, teacher.size, teacher.size))
         # A student without a seed is one that exists and is not trained.
         modes = (False, True) if field == "student" and seed is not None else (False,)
         for training in modes:
             check_model(model, teacher.channels, teacher.size, len(teacher.classes), field=field, training=training)
+        if isinstance(recipe, StudentRecipe) and recipe.initialization == "teacher" and seed is not None:
+            trained = trained or build_classifier(teacher, teacher, field="teacher")
+            select_weights(model, trained.model, (teacher.channels, teacher.size, teacher.size))
     classifier = Classifier(model, preprocessing, teacher.classes)
     if isinstance(model, Program):
         return classifier.requires_grad_(False).eval()

@@ -56,10 +56,13 @@ def write_report(folder: Path) -> Path:
 def _head(folder: Path, recipe: Content, result: Content, account: Accounts) -> str:
     student, teacher = recipe["student"]["architecture"], recipe["teacher"]["architecture"]
     rounds = recipe["rounds"]
+    begun = (
+        ", begun with a part of the teacher's weights" if recipe["student"].get("initialization") == "teacher" else ""
+    )
     sentence = (
         f"A {_described(student, recipe['student'])} student of a {_described(teacher, recipe['teacher'])} teacher "
         f"with {len(recipe['teacher']['classes'])} classes, trained for {recipe['distillation']['steps']} steps on "
-        f"synthetic images alone; {rounds} round{'s' if rounds > 1 else ''}, seed {recipe['seed']}."
+        f"synthetic images alone{begun}; {rounds} round{'s' if rounds > 1 else ''}, seed {recipe['seed']}."
     )
     numbers = [
         (percent(result.get("student_accuracy")), "student accuracy", *_interval(result)),

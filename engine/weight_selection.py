@@ -54,7 +54,13 @@ def select_weights(student: nn.Module, teacher: nn.Module, image: tuple[int, int
             f"same name and no smaller in it ({', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}); "
             "take a narrower or shallower network of the teacher's family, or student.initialization=random"
         )
-    picks = _picks(list(_joints(wanted, given)), given)
+    joints = list(_joints(wanted, given))
+    if not joints and len(wanted) == len(given):
+        raise UserError(
+            "student.initialization: teacher, but the student is as wide and as deep as the teacher, and would be its "
+            "copy; take a narrower or shallower network, or student.initialization=random"
+        )
+    picks = _picks(joints, given)
     if not _is_part(student, teacher, set(wanted), picks, image):
         raise UserError(
             "student.initialization: teacher, but the student is no part of such a teacher: channels or layers are "

@@ -163,7 +163,11 @@ def main(
         width = 32
     options = {} if width is None else {"width": width}
     # Before the data is read: a name or a width that cannot be is told at once.
-    build_model(architecture, options, 1, 10, field="teacher")
+    try:
+        build_model(architecture, options, 1, 10, field="teacher")
+    except UserError as error:
+        named = str(error).replace("teacher.options.width", "--width").replace("teacher.architecture", "--architecture")
+        raise UserError(named) from error
     record = train_teacher(
         READERS[data_set](data, download),
         output,

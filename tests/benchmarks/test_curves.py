@@ -1,5 +1,6 @@
 """Pictures of an ablation's table."""
 
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def _row(variant: str, images: int, steps: int, seed: int, accuracy: float) -> d
         "seed": seed,
         "images": images,
         "steps": steps,
+        "sampling_steps": 0 if "floor" in variant else 12,
         "student_accuracy": accuracy,
         "synthesis_seconds": 0 if "floor" in variant else images / 20,
         "distillation_seconds": steps / 10,
@@ -54,9 +56,28 @@ def test_points_are_means_over_seeds_and_the_floor_is_a_level(table: Path) -> No
     assert _words(root) == ["guided: 63.00", "guided: 72.00", "un<guided>: 53.00", "un<guided>: 62.00"]
     labels = [element.text for element in root.iter(f"{SVG}text")]
     assert "strong floor (level)" in labels and "images" in labels
-    # Bars are a standard deviation up and down: sqrt(2) points of a range that the axis shows in pixels.
-    heights = {float(circle.get("cy", "")) for circle in root.iter(f"{SVG}circle")}
-    assert len(heights) == 4 and all(0 < height < 230 for height in heights)
+    # Of two seeds two points apart the standard deviation is sqrt(2) points; 63 and 72 are nine points apart.
+    places = [float(circle.get("cy", "")) for circle in root.iter(f"{SVG}circle")]
+    pixels = (places[0] - places[1]) / 9
+    upright = [
+        _ends(bar) for bar in root.iter(f"{SVG}polyline") if bar.get("opacity") and _ends(bar)[0] == _ends(bar)[2]
+    ]
+    assert len(upright) == 4
+    for (_, low, _, high), place in zip(upright, places, strict=True):
+        assert (low - place) / pixels == pytest.approx(2**0.5, abs=0.01)
+        assert (place - high) / pixels == pytest.approx(2**0.5, abs=0.01)
+
+
+def _ends(bar: ElementTree.Element) -> list[float]:
+    return [float(number) for number in re.split("[ ,]", bar.get("points", ""))]
+
+
+def test_of_one_seed_there_is_no_bar(table: Path) -> None:
+    lines = [line for line in table.read_text().splitlines() if line.split(",")[2] != "1"]
+    table.write_text("\n".join(lines))
+    root = _draw(table, "--steps", "10")
+    assert _words(root)[0] == "guided: 62.00"
+    assert not [bar for bar in root.iter(f"{SVG}polyline") if bar.get("opacity")]
 
 
 def test_over_steps_the_floor_is_a_curve(table: Path) -> None:
@@ -72,14 +93,17 @@ def test_over_steps_the_floor_is_a_curve(table: Path) -> None:
 def test_over_seconds_every_budget_lies_at_its_own(table: Path) -> None:
     root = _draw(table, "--across", "seconds", "--steps", "20")
     places = [round(float(circle.get("cx", "")), 1) for circle in root.iter(f"{SVG}circle")]
-    # 7 and 52 seconds for both, the ends of the axis; the floor's two seconds are a single point, and left out.
-    assert places == [places[0], places[1]] * 2 and places[0] < places[1]
+    # 7 and 52 seconds for both, and the floor's two seconds.
+    assert places == [places[0], places[1]] * 2 + [places[4]] and places[4] < places[0] < places[1]
 
 
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
         (["--axis", "terms"], "--axis: "),
+        ([], "--steps: the rows have 10, 20; give one of them"),
+        (["--across", "steps"], "--images: the rows have 100, 1000; give one of them"),
+        (["--across", "seconds"], "--steps: the rows have 10, 20; give one of them"),
         (["--steps", "11"], "--steps: 11: no row of budget has it; there are 10, 20"),
         (["--output", "picture.png"], "name a file that ends in .svg"),
     ],

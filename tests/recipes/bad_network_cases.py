@@ -244,6 +244,12 @@ CASES = [
         ("no counterpart", "features.0.0.weight", "student.initialization=random"),
     ),
     Case(
+        "student that would be its teacher's copy",
+        given("student.initialization=teacher", "student.options.width=4"),
+        "student.initialization: teacher, but the student is as wide and as deep as the teacher",
+        ("take a narrower or shallower network", "student.initialization=random"),
+    ),
+    Case(
         "student that is to begin twice",
         given("student.initialization=teacher", "student.weights={folder}/../s.safetensors"),
         "student.initialization: teacher, but student.weights names ",
