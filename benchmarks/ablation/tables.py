@@ -122,11 +122,13 @@ def _given(value: float) -> float | None:
 
 
 def resolved(row: Mapping[str, Any]) -> bool:
-    """Whether zero lies outside of both intervals, that of the bootstrap over seeds and images and Student's over seeds.
+    """Whether zero lies outside of both intervals, the bootstrap's over seeds and images and Student's over seeds.
 
     With few seeds the first is about the range of their differences, so that it alone says too much.
     """
-    return row["seeds"] > 1 and not any(row[f"{kind}_low"] <= 0 <= row[f"{kind}_high"] for kind in ("bootstrap95", "t95"))
+    return row["seeds"] > 1 and not any(
+        row[f"{kind}_low"] <= 0 <= row[f"{kind}_high"] for kind in ("bootstrap95", "t95")
+    )
 
 
 def _correct(cell: Cell, output: Path, labels: np.ndarray) -> np.ndarray:
