@@ -49,13 +49,12 @@ def read_rows(table: Path, axis: str) -> list[Row]:
     return chosen
 
 
-def chart(rows: Sequence[Row], across: str, title: str) -> str:
-    """A standalone SVG of mean accuracy, in per cent; a curve for each variant.
+def chart(rows: Sequence[Row], fresh: set[str], across: str, title: str) -> str:
+    """A standalone SVG of mean accuracy, in per cent; a curve for each variant, ``fresh`` those of `fresh_draws`.
 
     UserError where a curve would have several points at one place, and names the option that parts them.
     """
     label, place = ACROSS[across]
-    fresh = fresh_draws(rows)
     steps = {row["steps"] for row in rows}
     images = {row["images"] for row in rows if row["variant"] not in fresh}
     for field, values, needed in (
@@ -121,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows = kept
         title = given.title or f"{given.axis}: accuracy in %"
         given.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(given.output, chart(rows, given.across, title).encode())
+        write_atomic(given.output, chart(rows, fresh, given.across, title).encode())
     except UserError as error:
         sys.exit(complain(str(error)))
 
